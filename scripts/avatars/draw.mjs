@@ -1,0 +1,58 @@
+// Draws avatar pictures, the same ones every time: a domain (a DiceBear style and its options), a seed prefix and a number
+// name a picture for ever. It makes the source domain, the four targets and their held-out pictures.
+//
+//   npm ci
+//   node draw.mjs --domain source --count 30000 --prefix train --out ../../data/source
+//   node draw.mjs --domain toonHead --count 2000 --prefix heldout --out ../../data/heldout/toonHead
+//   node draw.mjs --domain toonHead --count 10 --prefix target --out ../../unidad/assets/targets/toonHead
+import { createAvatar } from '@dicebear/core';
+import * as collection from '@dicebear/collection';
+import { Resvg } from '@resvg/resvg-js';
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync, renameSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { parseArgs } from 'node:util';
+
+const DOMAINS = {
+  source: ['avataaars', {}],
+  sunglasses: ['avataaars', { accessories: ['sunglasses'], accessoriesProbability: 100 }],
+  toonHead: ['toonHead', {}],
+  bottts: ['bottts', {}],
+  lorelei: ['lorelei', {}],
+};
+const BACKGROUNDS = ['b6e3f4', 'c0aede', 'd1d4f9', 'ffd5dc', 'ffdfbf'];
+
+const { values: options } = parseArgs({
+  options: {
+    domain: { type: 'string' },
+    count: { type: 'string', default: '10' },
+    start: { type: 'string', default: '0' },
+    prefix: { type: 'string', default: 'train' },
+    size: { type: 'string', default: '128' },
+    out: { type: 'string' },
+  },
+});
+
+function refuse(sentence) {
+  console.error(`draw.mjs: ${sentence}`);
+  process.exit(2);
+}
+
+if (!(options.domain in DOMAINS)) refuse(`--domain must be one of ${Object.keys(DOMAINS).join(', ')}, not ${options.domain}`);
+if (!options.out) refuse('--out FOLDER is needed');
+const [count, start, size] = [options.count, options.start, options.size].map(Number);
+if (![count, start, size].every(Number.isInteger) || count < 1 || start < 0 || size < 8) refuse('--count, --start and --size must be whole numbers');
+
+const [styleName, styleOptions] = DOMAINS[options.domain];
+mkdirSync(options.out, { recursive: true });
+for (let i = start; i < start + count; i++) {
+  const name = `${options.prefix}-${String(i).padStart(6, '0')}`;
+  const file = join(options.out, `${name}.png`);
+  if (existsSync(file)) continue;
+  // DiceBear's generator gives neighbouring seeds alike pictures, so the name is hashed first.
+  const seed = createHash('sha256').update(name).digest('hex');
+  const svg = createAvatar(collection[styleName], { seed, size, backgroundColor: BACKGROUNDS, ...styleOptions }).toString();
+  const png = new Resvg(svg, { fitTo: { mode: 'width', value: size }, background: 'white' }).render().asPng();
+  writeFileSync(`${file}.part`, png);
+  renameSync(`${file}.part`, file);
+}

@@ -1,0 +1,1 @@
+"""Networks behind one interface, and how they are found on disk."""

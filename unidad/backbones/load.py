@@ -1,0 +1,168 @@
+"""Finds and opens source models: bundled ones, diffusers folders, hub ids. Weights are safetensors; no code is ever run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
+
+from unidad.backbones.base import Backbone
+from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.errors import ModelError, did_you_mean
+from unidad.noise import NoiseSchedule
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUNDLED = "bundled:"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STUDENT_FILE = "unidad.json"
+# The settings that say what a noise schedule is; a scheduler's other settings say how to sample with it.
+SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model read from disk.
+
+    Attributes:
+        backbone: float32, in eval mode, on the CPU.
+        scheduler: the schedule's settings (betas and prediction type), as a diffusers scheduler's config has them.
+        name: as the user gave it.
+        digest: sha256 of the weights file.
+        student_steps: the timesteps it was distilled for, or None for a many-step model.
+    """
+
+    backbone: Backbone
+    scheduler: dict[str, Any]
+    name: str
+    digest: str
+    student_steps: list[int] | None = None
+
+
+def bundled_names(kind: str) -> list[str]:
+    """Names under assets/<kind> ("models" or "targets") that `bundled:NAME` accepts."""
+    folder = ASSETS / kind
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def bundled_path(name: str, kind: str) -> Path:
+    """Folder of `bundled:NAME`, or the path itself when the name has no such prefix.
+
+    Raises:
+        ModelError: for a name that is not bundled.
+    """
+    if not name.startswith(BUNDLED):
+        return Path(name)
+    short, known = name.removeprefix(BUNDLED), bundled_names(kind)
+    if short not in known:
+        have = ", ".join(BUNDLED + k for k in known) or "none"
+        raise ModelError(f"There is no '{name}'.{did_you_mean(short, known)} Bundled {kind}: {have}.")
+    return ASSETS / kind / short
+
+
+def load_model(name: str | Path) -> Model:
+    """Open a pixel-space diffusion model.
+
+    Args:
+        name: `bundled:NAME`, a diffusers pipeline folder (model_index.json, unet/, scheduler/), a run's `student` folder, or a
+            hub id, of which only .json and .safetensors files are fetched.
+
+    Raises:
+        ModelError: missing, damaged, needing custom code, or of a kind that is not supported; says which.
+    """
+    folder = _find_folder(str(name))
+    index = _read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    if index is None and not (folder / "config.json").exists():
+        raise ModelError(f"'{folder}' is not a diffusion pipeline: it has no model_index.json. Give a folder saved by diffusers.")
+    _refuse_custom_code(folder, index)
+    unet_dir = folder / "unet" if index is not None else folder
+    scheduler_dir = folder / "scheduler" if index is not None else folder
+    unet = _load_unet(unet_dir)
+    scheduler = _load_scheduler(scheduler_dir)
+    try:
+        schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise ModelError(f"The noise schedule in '{scheduler_dir}' cannot be used: {error}.") from None
+    if scheduler["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"'{scheduler_dir}' names prediction type '{scheduler['prediction_type']}', which is not known here.")
+    backbone = UNet2DBackbone(unet, schedule, scheduler["prediction_type"]).eval()
+    notes = _read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
+    digest = hashlib.sha256((unet_dir / WEIGHTS).read_bytes()).hexdigest()
+    return Model(backbone, scheduler, str(name), digest, notes.get("student_steps"))
+
+
+def _find_folder(name: str) -> Path:
+    folder = bundled_path(name, "models")
+    if folder.is_dir():
+        return folder / "student" if (folder / "run.json").exists() and (folder / "student").is_dir() else folder
+    if folder.exists():
+        raise ModelError(f"'{name}' is a file; a model is a folder saved by diffusers.")
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        raise ModelError(f"There is no model folder '{name}'. Bundled models: {', '.join(BUNDLED + n for n in bundled_names('models'))}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub's errors have no common base short of this
+        raise ModelError(f"There is no folder '{name}', and it could not be fetched from the hub: {type(error).__name__}.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"'{path}' should hold a JSON object.")
+    return content
+
+
+def _refuse_custom_code(folder: Path, index: dict[str, Any] | None) -> None:
+    for part, value in (index or {}).items():
+        library = value[0] if isinstance(value, list) and value else None
+        if part == "_class_name":
+            foreign = isinstance(value, list)
+        else:
+            foreign = not part.startswith("_") and library not in (None, "diffusers", "transformers", "unidad")
+        if foreign:
+            raise ModelError(f"'{folder}' wants its own code to be run for '{part}'. That is refused; use a stock pipeline.")
+    if index is not None and "unet" not in index:
+        raise ModelError(f"'{folder}' is a {index.get('_class_name', 'pipeline')} without a unet; a UNet2DModel is needed.")
+
+
+def _load_unet(folder: Path) -> UNet2DModel:
+    config = _read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    if kind != "UNet2DModel":
+        raise ModelError(f"'{folder}' holds a {kind}; this version trains UNet2DModel (pixel space) only.")
+    if not (folder / WEIGHTS).exists():
+        pickled = any(folder.glob("*.bin"))
+        why = "it has pickled weights only; save it again with safe_serialization=True" if pickled else "the file is missing"
+        raise ModelError(f"'{folder / WEIGHTS}' is needed, but {why}.")
+    try:
+        return UNet2DModel.from_pretrained(
+            str(folder), use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"The weights in '{folder}' do not fit or are damaged: {reason}") from None
+
+
+def _load_scheduler(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "scheduler_config.json")
+    defaults = dict(DDPMScheduler().config)
+    return {key: config.get(key, defaults[key]) for key in SCHEDULE_KEYS}

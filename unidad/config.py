@@ -1,0 +1,245 @@
+"""Typed settings of a training run: where they come from (preset, YAML file, key=value) and which values are allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from unidad.backbones.base import GRANULARITIES
+from unidad.errors import SettingsError, did_you_mean
+from unidad.heads import HEAD_KINDS
+from unidad.losses import AGGREGATIONS, DENOISING_LOSSES, GAN_LOSSES
+from unidad.noise import STUDENT_GRIDS
+from unidad.rollout import ROLLOUT_GRADS
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What every training run has. Rates are per update; `cycles` is the length of the run."""
+
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | mps
+    precision: str = "auto"  # auto | fp32 | bf16 (autocast; weights stay float32)
+    compile: bool = False  # torch.compile the networks
+    cycles: int = 1000
+    max_minutes: float = 0.0  # stop early, saved and resumable, after so many minutes of training; 0: no limit
+    batch_size: int = 8
+    accumulation: int = 1  # micro-batches per update
+    lr: float = 1e-4
+    lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle)
+    warmup: int = 100  # updates of each network over which its rate rises from 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 10.0  # gradient norm per network
+    ema: float = 0.999  # of the product's weights, per cycle; 0: no averaging
+    hflip: bool = True  # mirror pictures at random
+    log_every: int = 10  # cycles
+    sample_every: int = 100  # cycles between sample grids; 0: only at the end
+    save_every: int = 200  # cycles between checkpoints; 0: only at the end
+    keep: int = 1  # checkpoints kept
+    tracker: str = "auto"  # auto (tensorboard when installed) | none | tensorboard | wandb
+
+
+@dataclass(frozen=True)
+class TrainSettings(LoopSettings):
+    """A Uni-DAD run; METHOD §3-§7 explain the names."""
+
+    source: str = "bundled:avatars"
+    student_init: str = "source"  # source | bundled:NAME | folder of a distilled student
+    target_teacher: str = "online"  # online | off | folder of a model already adapted to the target (frozen)
+    class_label: int = -1  # of a class-conditional source; -1: none
+    steps: int = 3  # K
+    grid: str = "lcm"  # lcm | edm
+    rollout_grad: str = "all"  # all | last | random
+    a: float = 0.25  # weight of the target teacher against the source teacher
+    dmd_weight: float = 1.0
+    gan_weight: float = 0.01  # lambda_G
+    disc_weight: float = 0.03  # lambda_D
+    gan_loss: str = "bce"  # bce | hinge | lsgan | wgan-gp
+    gan_aggregation: str = "per_head"  # per_head | mean_logit
+    heads: str = "multi"  # multi | single
+    features: str = "stage"  # stage | layer
+    fake_updates: int = 5  # k
+    reuse_batch: bool = True
+    timestep_law: str = "uniform"  # uniform | karras
+    denoising: str = "epsilon"  # epsilon | v | edm
+    shared_forward: bool = True
+    lr_fake: float = 0.0  # of the fake teacher and heads; 0: lr
+    lr_target: float = 0.0  # of the target teacher; 0: lr
+    target_warmup: int = 0  # updates of the target teacher before the first cycle
+
+
+@dataclass(frozen=True)
+class PretrainSettings(LoopSettings):
+    """Training a source model from scratch."""
+
+    size: int = 32
+    widths: tuple[int, ...] = (24, 48, 96, 192)
+    prediction_type: str = "v_prediction"
+    beta_schedule: str = "squaredcos_cap_v2"
+    denoising: str = "v"
+    cycles: int = 20_000
+    batch_size: int = 32
+    lr: float = 1e-3
+    lr_decay: str = "cosine"
+    beta2: float = 0.99
+    clip: float = 1.0
+    sample_every: int = 2000
+    save_every: int = 1000
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("auto", "fp32", "bf16"),
+    "lr_decay": ("constant", "cosine"),
+    "tracker": ("auto", "none", "tensorboard", "wandb"),
+    "grid": STUDENT_GRIDS,
+    "rollout_grad": ROLLOUT_GRADS,
+    "gan_loss": GAN_LOSSES,
+    "gan_aggregation": AGGREGATIONS,
+    "heads": HEAD_KINDS,
+    "features": GRANULARITIES,
+    "timestep_law": ("uniform", "karras"),
+    "denoising": DENOISING_LOSSES,
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+}
+S = TypeVar("S", bound=LoopSettings)
+# (lowest, highest) allowed, both included.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31),
+    "cycles": (1, 10**9),
+    "max_minutes": (0, 10**6),
+    "batch_size": (1, 65536),
+    "accumulation": (1, 65536),
+    "lr": (0, 1),
+    "lr_fake": (0, 1),
+    "lr_target": (0, 1),
+    "warmup": (0, 10**9),
+    "beta1": (0, 0.99999),
+    "beta2": (0, 0.99999),
+    "weight_decay": (0, 1),
+    "clip": (1e-12, 1e12),
+    "ema": (0, 0.999999),
+    "log_every": (1, 10**9),
+    "sample_every": (0, 10**9),
+    "save_every": (0, 10**9),
+    "keep": (1, 10**6),
+    "steps": (1, 64),
+    "a": (0, 1),
+    "dmd_weight": (0, 1e6),
+    "gan_weight": (0, 1e6),
+    "disc_weight": (0, 1e6),
+    "fake_updates": (1, 10**6),
+    "target_warmup": (0, 10**9),
+    "class_label": (-1, 10**9),
+    "size": (8, 4096),
+}
+
+
+def build_settings(kind: type[S], *layers: Mapping[str, Any]) -> S:
+    """Lay settings over each other, later ones winning, and check every one.
+
+    Raises:
+        SettingsError: unknown key (with the nearest known one), wrong type, or value out of range.
+    """
+    known = {f.name: f for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in known:
+                raise SettingsError(f"There is no setting '{key}'.{did_you_mean(key, known)}")
+            values[key] = _convert(key, value, known[key].default)
+    for key, value in values.items():
+        _check(key, value)
+    settings = kind(**values)
+    _check_together(settings)
+    return settings
+
+
+def _convert(key: str, value: Any, default: Any) -> Any:
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of whole numbers"}[type(default)]
+    try:
+        if isinstance(default, bool):
+            if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
+                return value.lower() in ("true", "yes", "on")
+            if isinstance(value, bool):
+                return value
+        elif isinstance(default, tuple):
+            items = value.replace(" ", "").split(",") if isinstance(value, str) else value
+            return tuple(int(item) for item in items)
+        elif isinstance(default, str):
+            return str(value)
+        elif not isinstance(value, bool):
+            number = float(value)
+            if isinstance(default, float):
+                return number
+            if number == int(number):
+                return int(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise SettingsError(f"'{key}' must be {wanted}, not {value!r}.")
+
+
+def _check(key: str, value: Any) -> None:
+    if key in CHOICES and value not in CHOICES[key]:
+        raise SettingsError(f"'{key}' must be one of {', '.join(CHOICES[key])}, not '{value}'.{did_you_mean(str(value), CHOICES[key])}")
+    if key in RANGES:
+        low, high = RANGES[key]
+        if not (math.isfinite(value) and low <= value <= high):
+            raise SettingsError(f"'{key}' must lie between {low:g} and {high:g}, not {value:g}.")
+
+
+def _check_together(settings: LoopSettings) -> None:
+    if not isinstance(settings, TrainSettings):
+        return
+    if settings.dmd_weight == 0 and settings.gan_weight == 0:
+        raise SettingsError("'dmd_weight' and 'gan_weight' are both 0: the student would learn nothing. Raise one of them.")
+    if settings.gan_weight > 0 and settings.disc_weight == 0:
+        raise SettingsError("'gan_weight' is above 0 but 'disc_weight' is 0: the heads would never learn. Raise 'disc_weight' or set both to 0.")
+    if settings.target_teacher == "off" and settings.a > 0 and settings.dmd_weight > 0:
+        raise SettingsError(f"'target_teacher' is off but 'a' is {settings.a:g}. Set a=0 for the source teacher alone.")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file of `key: value` lines.
+
+    Raises:
+        SettingsError: if it is missing, no YAML, or no such list.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise SettingsError(f"The settings file '{path}' cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file '{path}' is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise SettingsError(f"The settings file '{path}' must hold lines such as 'steps: 3'.")
+    return content
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, str]:
+    """["a=0.5", ...] -> {"a": "0.5"}.
+
+    Raises:
+        SettingsError: where there is no '='.
+    """
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"'--set {pair}' must look like key=value, for example --set a=0.5.")
+        result[key.strip()] = value.strip()
+    return result
+
+
+def as_dict(settings: LoopSettings) -> dict[str, Any]:
+    """Settings as plain JSON-ready values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}

@@ -1,0 +1,214 @@
+"""Folders of pictures: safe decoding, one square size, a contact sheet, and the endless stream that training draws from.
+
+Pictures are data from strangers: formats come from an allow-list, sizes are checked before decoding, nothing is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from unidad.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures of one folder, decoded: `pixels` is [N, 3, size, size] uint8; `names` are file names in the same order."""
+
+    pixels: Tensor
+    names: list[str]
+    digest: str
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def size(self) -> int:
+        """Side in pixels."""
+        return int(self.pixels.shape[-1])
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """Picture files lying directly in a folder, by name.
+
+    Raises:
+        DataError: if the folder is missing, is no folder, or holds no file with a picture's ending.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise DataError(f"There is no folder '{folder}'. Give the path of a folder of pictures.")
+    if not folder.is_dir():
+        raise DataError(f"'{folder}' is a file. Give the folder that holds the pictures.")
+    inside = sorted(folder.iterdir(), key=lambda p: p.name)
+    files = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    if not files:
+        subfolders = [p.name for p in inside if p.is_dir()]
+        hint = f" Its pictures may lie in '{subfolders[0]}': give that folder." if subfolders else ""
+        raise DataError(f"'{folder}' holds no pictures ({', '.join(SUFFIXES)}).{hint}")
+    return files
+
+
+def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
+    """Decode one file to upright RGB on white, and say in notes what was unusual about it.
+
+    Raises:
+        DataError: if it is too large, truncated, or not one of the formats it may be.
+    """
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(
+                        f"'{path}' is {image.width}x{image.height}: over {MAX_PIXELS // 10**6} million pixels. Make it smaller first."
+                    )
+                if getattr(image, "n_frames", 1) > 1:
+                    notes.append(f"'{path.name}' is animated: only its first frame is used.")
+                    image.seek(0)
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image)), notes
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(f"'{path}' claims more than {MAX_PIXELS // 10**6} million pixels. Make it smaller first.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"'{path}' is not a picture ({', '.join(FORMATS)}). Remove it or save it anew.") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"'{path}' cannot be read: {error}. Remove it or save it anew.") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: .convert would clip it to white
+        grey = np.asarray(image).astype(np.float64)
+        top = 65535.0 if grey.max() > 255 else 255.0
+        return Image.fromarray((grey / top * 255.0).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _square(path: Path, size: int) -> tuple[np.ndarray | None, list[str], tuple[int, int]]:
+    image, notes = open_picture(path)
+    if min(image.size) < size:
+        return None, notes, image.size
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image), notes, (side, side)
+
+
+def load_folder(folder: str | Path, size: int, limit: int | None = None) -> PictureSet:
+    """Read the pictures of a folder: upright, centre-cropped to a square, resized to `size` pixels.
+
+    Args:
+        folder: pictures lie directly in it; other files are passed over.
+        size: side in pixels, that of the model.
+        limit: read only the first so many by name.
+
+    Raises:
+        DataError: folder missing or empty, a file unreadable, or a picture smaller than `size`; names the files.
+    """
+    files = list_pictures(folder)[:limit]
+    with ThreadPoolExecutor(4) as pool:
+        squares = list(pool.map(lambda p: _square(p, size), files))
+    small = [f"{p.name} ({w}x{h})" for p, (a, _, (w, h)) in zip(files, squares, strict=True) if a is None]
+    if small:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        raise DataError(
+            f"In '{folder}' these are smaller than the model's {size}x{size}: {', '.join(small[:5])}{more}. "
+            "Replace them by larger ones or take them out."
+        )
+    pixels = torch.from_numpy(np.stack([a for a, _, _ in squares if a is not None])).permute(0, 3, 1, 2).contiguous()
+    notes = [note for _, some, _ in squares for note in some]
+    if len(files) == 1:
+        notes.append("There is only one picture: the student can learn its look but hardly any variety.")
+    notes += _duplicates(pixels, [p.name for p in files])
+    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    return PictureSet(pixels, [p.name for p in files], digest, notes)
+
+
+def _duplicates(pixels: Tensor, names: list[str]) -> list[str]:
+    seen: dict[bytes, str] = {}
+    notes = []
+    for picture, name in zip(pixels, names, strict=True):
+        key = hashlib.sha256(picture.numpy().tobytes()).digest()
+        if key in seen:
+            notes.append(f"'{name}' is the same picture as '{seen[key]}'.")
+        seen.setdefault(key, name)
+    return notes
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float in [-1, 1] (clamped) -> uint8, rounded as diffusers' pipelines round."""
+    return ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def picture_grid(pixels: Tensor, columns: int = 8, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Lay [N, 3, H, W] uint8 pictures out in rows, each enlarged `scale` times without smoothing, on white."""
+    n, _, h, w = pixels.shape
+    columns = max(1, min(columns, n))
+    rows = -(-n // columns)
+    h, w = h * scale, w * scale
+    sheet = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, picture in enumerate(pixels.cpu()):
+        tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        sheet.paste(tile.resize((w, h), Image.Resampling.NEAREST), ((i % columns) * (w + gap), (i // columns) * (h + gap)))
+    return sheet
+
+
+class PictureStream:
+    """Draws pictures for ever: every picture once in shuffled order, then again in another order.
+
+    The order depends on the seed and on how many were drawn, so that `drawn` alone restores its place. A batch may be
+    larger than the set.
+
+    Args:
+        pixels: [N, 3, S, S] uint8.
+        hflip: mirror each drawn picture with probability 1/2.
+        seed: of the order and the mirroring.
+        device: where batches (and the pictures) live.
+    """
+
+    def __init__(self, pixels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"):
+        self.pixels = pixels.to(device)
+        self.hflip, self.seed, self.drawn = hflip, seed, 0
+        self._round: tuple[int, Tensor, Tensor] | None = None
+
+    def _order(self, round_: int) -> tuple[Tensor, Tensor]:
+        if self._round is None or self._round[0] != round_:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + round_) % 2**63)
+            n = len(self.pixels)
+            self._round = (round_, torch.randperm(n, generator=generator), torch.rand(n, generator=generator) < 0.5)
+        return self._round[1], self._round[2]
+
+    def next(self, n: int) -> Tensor:
+        """The next n pictures, [n, 3, S, S] float32 in [-1, 1]."""
+        index, flip = [], []
+        for i in range(self.drawn, self.drawn + n):
+            round_, place = divmod(i, len(self.pixels))
+            order, flips = self._order(round_)
+            index.append(int(order[place]))
+            flip.append(bool(flips[place]) and self.hflip)
+        self.drawn += n
+        x = to_signed(self.pixels[torch.tensor(index, device=self.pixels.device)])
+        mirrored = torch.tensor(flip, device=x.device).view(-1, 1, 1, 1)
+        return torch.where(mirrored, x.flip(-1), x)

@@ -1,0 +1,145 @@
+"""Writes models as stock diffusers folders with a model card; whoever gets one needs diffusers and nothing of ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, LCMScheduler, UNet2DModel
+from torch import nn
+
+from unidad.backbones.load import STUDENT_FILE
+from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.errors import CheckpointError
+
+
+def lcm_scheduler(scheduler: dict[str, Any], steps: list[int]) -> LCMScheduler:
+    """The stock scheduler whose steps are our rollout to the last bit.
+
+    Args:
+        scheduler: betas and prediction type, as `Model.scheduler`.
+        steps: tau_1 > ... > tau_K. On the lcm grid `num_inference_steps=K` gives them; else pass `timesteps=`.
+    """
+    return LCMScheduler.from_config(
+        {k: v for k, v in scheduler.items() if v is not None},
+        original_inference_steps=len(steps),
+        timestep_scaling=1e6,  # turns LCM's boundary conditions off: c_skip = 0, c_out = 1
+        clip_sample=False,
+        thresholding=False,
+        steps_offset=1,
+        set_alpha_to_one=True,
+    )
+
+
+def _plain_unet(backbone: UNet2DBackbone) -> UNet2DModel:
+    """A copy on the CPU, without the learned-sigma output channels that LCMScheduler cannot take."""
+    unet = copy.deepcopy(backbone.unet).cpu().eval().requires_grad_(False)
+    channels = backbone.shape[0]
+    if unet.config.out_channels != channels:
+        old = unet.conv_out
+        unet.conv_out = nn.Conv2d(old.in_channels, channels, old.kernel_size, padding=old.padding)
+        unet.conv_out.load_state_dict({"weight": old.weight[:channels].clone(), "bias": old.bias[:channels].clone()})
+        unet.register_to_config(out_channels=channels)
+    return unet
+
+
+def save_student(
+    backbone: UNet2DBackbone, scheduler: dict[str, Any], steps: list[int], out: Path, facts: dict[str, Any], half: bool = False
+) -> None:
+    """Write a few-step student as a pipeline folder; replaces `out` in one step.
+
+    Args:
+        facts: for the card and unidad.json: "source", "target" and whatever else is worth keeping.
+        half: store float16 weights.
+    """
+    unet = _plain_unet(backbone)
+    conditional = backbone.num_classes is not None
+    sampler = lcm_scheduler(scheduler, steps)
+    on_lcm_grid = steps == backbone.schedule.student_steps(len(steps), "lcm")
+    stock = on_lcm_grid and not conditional
+    pipeline = DDPMPipeline(unet, sampler) if stock else ConsistencyModelPipeline(unet, sampler)
+    notes = facts | {"student_steps": steps}
+    _write(pipeline, out, notes, _student_card(steps, facts, stock, conditional), half)
+
+
+def save_source(backbone: UNet2DBackbone, scheduler: dict[str, Any], out: Path, facts: dict[str, Any], half: bool = False) -> None:
+    """Write a many-step model as a DDPMPipeline folder with a DDIM scheduler; replaces `out` in one step."""
+    config = {k: v for k, v in scheduler.items() if v is not None}
+    sampler = DDIMScheduler.from_config(config, clip_sample=True, timestep_spacing="trailing")
+    unet = copy.deepcopy(backbone.unet).cpu().eval().requires_grad_(False)
+    _write(DDPMPipeline(unet, sampler), out, facts, _source_card(facts), half)
+
+
+def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: bool) -> None:
+    if half:
+        pipeline.unet.to(torch.float16)
+    staged = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        pipeline.save_pretrained(staged, safe_serialization=True)
+        (staged / STUDENT_FILE).write_text(json.dumps(notes, indent=1) + "\n")
+        (staged / "README.md").write_text(card)
+        config = staged / "unet" / "config.json"
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # a path of the machine that trained it
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        staged.rename(out)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise CheckpointError(f"'{out}' cannot be written: {error.strerror or error}. Give another folder or free some space.") from None
+
+
+_HEADER = """---
+library_name: diffusers
+tags: [unconditional-image-generation{tags}]
+---
+"""
+
+
+def _source_card(facts: dict[str, Any]) -> str:
+    return _HEADER.format(tags="") + f"""# {facts.get("title", "A diffusion model")}
+
+{facts.get("about", "")}
+
+```python
+from diffusers import DDPMPipeline
+pipe = DDPMPipeline.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
+pipe(batch_size=4, num_inference_steps=50).images
+```
+"""
+
+
+def _student_card(steps: list[int], facts: dict[str, Any], stock: bool, conditional: bool) -> str:
+    k = len(steps)
+    label = ", class_labels=torch.zeros(4, dtype=torch.long)" if conditional else ""
+    if stock:
+        pipeline, call = "DDPMPipeline", f"pipe(batch_size=4, num_inference_steps={k}).images"
+    else:
+        pipeline, call = "ConsistencyModelPipeline", f"pipe(batch_size=4, num_inference_steps=None, timesteps={steps}{label}).images"
+    warning = "its default of 1000 steps is refused" if stock else "its default is ONE step at a timestep this model never saw"
+    return _HEADER.format(tags=", few-step, uni-dad") + f"""# A {k}-step generator
+
+{facts.get("about", "")}
+
+Distilled and adapted in one stage by Uni-DAD (arXiv 2511.18281). It draws in {k} network evaluations, at timesteps {steps}.
+
+```python
+import torch
+from diffusers import {pipeline}
+pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
+{call}
+```
+
+Give the number of steps as shown: {warning}.
+The same pictures as `unidad sample --seed 0`: add `generator=[torch.Generator().manual_seed(i) for i in range(4)]`.
+
+Trained from: {facts.get("source", "unknown")}. Target pictures: {facts.get("target", "unknown")}.
+The pictures' licence and the source model's licence both bind what is made with it.
+"""

@@ -1,0 +1,105 @@
+"""What a run says while it goes: a progress bar with losses, log.jsonl, sample grids, and trackers through accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from unidad.data import picture_grid
+from unidad.run import RunFolder
+
+SHOWN = ("dmd", "gan", "fake", "disc", "target", "total")
+
+
+class Log:
+    """Collects loss terms on the device and reads them out only when flushed.
+
+    Args:
+        run: where log.jsonl and samples/ are.
+        accelerator: its trackers get every flushed row.
+        console: where the bar is drawn; None is silent.
+    """
+
+    def __init__(self, run: RunFolder, accelerator: Accelerator, console: Console | None = None):
+        self.run, self.accelerator, self.console = run, accelerator, console
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._printed = 0.0
+
+    def add(self, phase: str, losses: dict[str, Tensor]) -> None:
+        """Remember terms of one micro-batch; no synchronisation."""
+        for name, value in losses.items():
+            key = f"{phase}/{name}"
+            total, count = self._sums.get(key, (torch.zeros((), device=value.device), 0))
+            self._sums[key] = (total + value.detach(), count + 1)
+
+    def flush(self, cycle: int, seconds: float, updates: dict[str, int]) -> None:
+        """Write the means since the last flush: one row in log.jsonl, the trackers and the bar."""
+        means = {key: float(total) / count for key, (total, count) in self._sums.items()}
+        self._sums.clear()
+        row = {"cycle": cycle, "seconds": round(seconds, 3), "updates": updates, "losses": means}
+        with self.run.log.open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+        if self.accelerator.trackers:
+            self.accelerator.log(means | {"seconds": seconds}, step=cycle)
+        self._show(cycle, means, seconds)
+
+    def _show(self, cycle: int, means: dict[str, float], seconds: float) -> None:
+        short = {key.split("/")[1]: value for key, value in means.items()}
+        text = "  ".join(f"{name} {short[name]:.3g}" for name in SHOWN if name in short and (name != "total" or len(short) < 4))
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=cycle, losses=text)
+        if self.console is not None and not self.console.is_terminal and seconds - self._printed >= 15:
+            self._printed = seconds
+            self.console.print(f"cycle {cycle}  {seconds:.0f} s  {text}", highlight=False)
+
+    def picture(self, cycle: int, pixels: Tensor) -> None:
+        """Store a sample grid as samples/<cycle>.png."""
+        self.run.samples.mkdir(exist_ok=True)
+        part = self.run.samples / f"{cycle:08d}.part"
+        picture_grid(pixels).save(part, format="PNG")
+        part.replace(self.run.samples / f"{cycle:08d}.png")
+
+    def flush_files(self) -> None:
+        """Force log.jsonl to the disk, as a checkpoint will count on it."""
+        if self.run.log.exists():
+            with self.run.log.open("a") as handle:
+                os.fsync(handle.fileno())
+
+    def rewind(self, cycle: int) -> None:
+        """After resuming at `cycle`: forget rows written past it, which will be written again."""
+        if not self.run.log.exists():
+            return
+        kept = []
+        for line in self.run.log.read_text().splitlines():
+            try:
+                if json.loads(line)["cycle"] <= cycle:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break  # a row cut short by the crash, and all after it
+        part = self.run.log.with_suffix(".part")
+        part.write_text("".join(kept))
+        part.replace(self.run.log)
+
+    @contextmanager
+    def progress(self, done: int, total: int) -> Iterator[None]:
+        """Draw the bar while the block runs, where there is a terminal."""
+        if self.console is None or not self.console.is_terminal:
+            yield
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"))
+        with Progress(*columns, console=self.console, speed_estimate_period=60) as progress:
+            self._progress, self._task = progress, progress.add_task("", total=total, completed=done, losses="")
+            try:
+                yield
+            finally:
+                self._progress = self._task = None

@@ -1,0 +1,1 @@
+"""Training methods: each is a short list of phases over the same loop."""

@@ -1,0 +1,80 @@
+"""A method is a list of phases; a phase says which networks learn, how often in a cycle, and from which loss.
+
+Methods know losses and backbones; the loop that runs them (train.py) knows neither.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of update.
+
+    Attributes:
+        name: shown in logs.
+        trains: names of the networks that learn in it; no other network receives a gradient.
+        repeats: updates per cycle.
+        loss: real pictures [B, C, H, W] in [-1, 1] -> named scalar terms; "total" is what is minimised.
+        needs_data: False where the loss looks at no real picture; it is then given an empty batch.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    repeats: int
+    loss: Callable[[Tensor], Losses]
+    needs_data: bool = True
+
+
+class Method(ABC):
+    """Networks and the phases that train them.
+
+    Attributes:
+        networks: every network by name, frozen ones too.
+        phases: one cycle, in order.
+        product: the name of the network that the run is for.
+        student_steps: timesteps of the product if it is a few-step student, else None.
+    """
+
+    networks: Mapping[str, nn.Module]
+    phases: list[Phase]
+    product: str
+    student_steps: list[int] | None = None
+
+    def carried(self) -> list[Tensor]:
+        """Tensors that one update hands to a later one; a checkpoint in mid cycle needs them."""
+        return []
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Take back what `carried` gave."""
+        if carried:
+            raise ValueError("this method carries nothing between updates")
+
+    def trained(self) -> list[str]:
+        """Names of the networks that some phase trains, in a fixed order."""
+        return [name for name in self.networks if any(name in phase.trains for phase in self.phases)]
+
+
+@contextmanager
+def only_training(networks: Mapping[str, nn.Module], trains: tuple[str, ...]) -> Iterator[None]:
+    """Inside, only the networks named in `trains` are in train mode and require gradients; afterwards all is as before."""
+    modes = {name: network.training for name, network in networks.items()}
+    flags = [(p, p.requires_grad) for network in networks.values() for p in network.parameters()]
+    try:
+        for name, network in networks.items():
+            network.train(name in trains)
+            network.requires_grad_(name in trains)
+        yield
+    finally:
+        for name, network in networks.items():
+            network.train(modes[name])
+        for parameter, flag in flags:
+            parameter.requires_grad = flag

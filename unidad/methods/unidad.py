@@ -1,0 +1,239 @@
+"""Uni-DAD: distillation and adaptation in one stage (arXiv 2511.18281), METHOD §3-§7.
+
+One cycle: the student once (dual-domain DMD and GAN), the fake teacher with the heads k times on student samples, the target
+teacher once on the target pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unidad.backbones.base import Backbone, Granularity
+from unidad.losses import (
+    denoising_loss,
+    dmd_loss,
+    dual_domain_gradient,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    gradient_penalty,
+)
+from unidad.methods.base import Losses, Method, Phase
+from unidad.methods.finetune import denoise
+from unidad.rollout import batch_noise, rollout
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The numbers of METHOD §4-§7; the defaults are the paper's for near FSIG targets.
+
+    Attributes:
+        a: weight of the target teacher against the source teacher, in [0, 1].
+        dmd_weight: of L_DMD; 0 leaves the GAN alone.
+        gan_weight: lambda_G. disc_weight: lambda_D.
+        fake_updates: k, fake-teacher updates per cycle.
+        reuse_batch: the student's own batch serves the first of the k (METHOD §8).
+        rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
+        timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T or "karras".
+        shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D.
+    """
+
+    a: float = 0.25
+    dmd_weight: float = 1.0
+    gan_weight: float = 0.01
+    disc_weight: float = 0.03
+    gan_loss: str = "bce"
+    gan_aggregation: str = "per_head"
+    gradient_penalty_weight: float = 10.0
+    features: Granularity = "stage"
+    fake_updates: int = 5
+    reuse_batch: bool = True
+    rollout_grad: str = "all"
+    timestep_law: str = "uniform"
+    denoising: str = "epsilon"
+    shared_forward: bool = True
+
+
+class UniDAD(Method):
+    """The method over four networks of one architecture and the heads.
+
+    Args:
+        student: G, trained; gives x0-predictions at `student_steps`.
+        source_teacher: frozen; None where its weight is 0.
+        fake_teacher: trained on student samples; its encoder feeds the heads.
+        target_teacher: trained on the target pictures, or frozen, or None (then a must be 0 unless dmd_weight is 0).
+        heads: maps `fake_teacher.features` to logits; None where both GAN weights are 0.
+        student_steps: tau_1 > ... > tau_K.
+        batch_size: student samples per (micro-)batch.
+        generator: source of all noise and timesteps, on the networks' device.
+        train_target: False keeps the target teacher as it is (a pre-adapted checkpoint).
+        label: class of every picture, for class-conditional networks.
+
+    Raises:
+        ValueError: if a teacher with a weight, or the heads, are missing.
+    """
+
+    product = "student"
+
+    def __init__(
+        self,
+        *,
+        student: Backbone,
+        source_teacher: Backbone | None,
+        fake_teacher: Backbone,
+        target_teacher: Backbone | None,
+        heads: nn.Module | None,
+        objective: Objective,
+        student_steps: list[int],
+        batch_size: int,
+        generator: torch.Generator,
+        train_target: bool = True,
+        label: int | None = None,
+    ):
+        self.o = objective
+        self.uses_source = objective.dmd_weight > 0 and objective.a < 1
+        self.uses_target = objective.dmd_weight > 0 and objective.a > 0
+        self.uses_gan = objective.gan_weight > 0 or objective.disc_weight > 0
+        if self.uses_source and source_teacher is None or self.uses_target and target_teacher is None:
+            raise ValueError(f"a = {objective.a} needs a {'source' if source_teacher is None else 'target'} teacher")
+        if self.uses_gan and heads is None:
+            raise ValueError("the GAN has a weight but there are no heads")
+        self.student, self.fake_teacher = student, fake_teacher
+        self.source_teacher, self.target_teacher, self.heads = source_teacher, target_teacher, heads
+        self.student_steps, self.batch_size, self.generator, self.label = student_steps, batch_size, generator, label
+        named = {"student": student, "source_teacher": source_teacher, "fake_teacher": fake_teacher}
+        named |= {"target_teacher": target_teacher, "heads": heads}
+        self.networks = {name: network for name, network in named.items() if network is not None}
+        self._fresh: list[Tensor] = []
+        learners = ("fake_teacher", "heads") if self.uses_gan else ("fake_teacher",)
+        self.phases = [
+            Phase("student", ("student",), 1, self.student_loss, needs_data=False),
+            Phase("fake_teacher", learners, objective.fake_updates, self.fake_teacher_loss, needs_data=self.uses_gan),
+        ]
+        if self.uses_target and train_target:
+            self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss))
+
+    def carried(self) -> list[Tensor]:
+        """Student samples kept for the first fake-teacher update."""
+        return list(self._fresh)
+
+    def restore(self, carried: list[Tensor]) -> None:
+        """Take them back."""
+        self._fresh = list(carried)
+
+    # -- pieces -------------------------------------------------------------------------------------------------------
+
+    def generate(self, grad: str = "all", stop_after: int | None = None) -> Tensor:
+        """x = G(z), a batch of student samples, [batch_size, C, H, W]; gradients as the surrounding mode and `grad` say."""
+        noise = batch_noise((self.batch_size, *self.student.shape), self.generator)
+        return rollout(self.student, noise, self.student_steps, self._labels(self.batch_size), grad, stop_after)
+
+    def _labels(self, n: int) -> Tensor | None:
+        return None if self.label is None else torch.full((n,), self.label, device=self.generator.device)
+
+    def _noised(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        eps = torch.randn(x.shape, generator=self.generator, device=x.device)
+        alpha, sigma = self.fake_teacher.schedule.alpha_sigma(t, x.ndim)
+        return alpha * x + sigma * eps, alpha, sigma
+
+    def _logits(self, x: Tensor, t: Tensor) -> Tensor:
+        assert self.heads is not None
+        return self.heads(self.fake_teacher.features(x, t, self._labels(len(x)), self.o.features))
+
+    # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
+
+    def student_loss(self, _pictures: Tensor) -> Losses:
+        """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN."""
+        x = self._student_batch()
+        losses: Losses = {}
+        total = x.new_zeros(())
+        if self.o.dmd_weight > 0:
+            gradient = self.dmd_gradient(x)
+            losses["dmd"] = dmd_loss(x, gradient)
+            losses["dmd_gradient"] = gradient.abs().mean().detach()
+            total = total + self.o.dmd_weight * losses["dmd"]
+        if self.o.gan_weight > 0:
+            t = self.fake_teacher.schedule.uniform(len(x), self.generator)
+            logits = self._logits(self._noised(x, t)[0], t)
+            losses["gan"] = gan_generator_loss(logits, self.o.gan_loss, self.o.gan_aggregation)
+            total = total + self.o.gan_weight * losses["gan"]
+        if self.o.reuse_batch:
+            self._fresh.append(x.detach())
+        return losses | {"total": total}
+
+    def _student_batch(self) -> Tensor:
+        if self.o.rollout_grad != "random":
+            return self.generate(self.o.rollout_grad)
+        return self.generate("last", self._random_stop())
+
+    def _random_stop(self) -> int:
+        device = self.generator.device
+        return int(torch.randint(1, len(self.student_steps) + 1, (), generator=self.generator, device=device))
+
+    @torch.no_grad()
+    def dmd_gradient(self, x: Tensor) -> Tensor:
+        """g of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
+        schedule = self.fake_teacher.schedule
+        t = schedule.karras(len(x), self.generator) if self.o.timestep_law == "karras" else None
+        t = schedule.uniform(len(x), self.generator, 0.02, 0.98) if t is None else t
+        x_t, labels = self._noised(x.detach(), t)[0], self._labels(len(x))
+        source = self.source_teacher.x0(x_t, t, labels) if self.uses_source and self.source_teacher is not None else None
+        target = self.target_teacher.x0(x_t, t, labels) if self.uses_target and self.target_teacher is not None else None
+        return dual_domain_gradient(x, self.fake_teacher.x0(x_t, t, labels), source, target, self.o.a)
+
+    # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
+
+    def fake_teacher_loss(self, pictures: Tensor) -> Losses:
+        """On student samples without a graph into the student: fresh ones, or the student's own batch for the first."""
+        x = self._samples_for_fake_teacher()
+        t = self.fake_teacher.schedule.uniform(len(x), self.generator)
+        x_t, alpha, sigma = self._noised(x, t)
+        labels = self._labels(len(x))
+        if not self.uses_gan:
+            xhat = self.fake_teacher.x0(x_t, t, labels)
+            fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
+            return {"fake": fake, "total": fake}
+        assert self.heads is not None
+        if self.o.shared_forward:
+            xhat, features = self.fake_teacher.x0_and_features(x_t, t, labels, self.o.features)
+            fake_logits = self.heads(features)
+        else:
+            xhat = self.fake_teacher.x0(x_t, t, labels)
+            fake_logits = self._logits(x_t, t)
+        fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
+        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits)
+        return {"fake": fake, "disc": disc, "disc_accuracy": accuracy, "total": fake + self.o.disc_weight * disc}
+
+    @torch.no_grad()
+    def _samples_for_fake_teacher(self) -> Tensor:
+        if self._fresh:
+            return self._fresh.pop(0)
+        stop = self._random_stop() if self.o.rollout_grad == "random" else None
+        return self.generate(stop_after=stop)
+
+    def _discriminator_loss(self, pictures: Tensor, x: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
+        t = self.fake_teacher.schedule.uniform(len(pictures), self.generator)
+        real_logits = self._logits(self._noised(pictures, t)[0], t)
+        loss = gan_discriminator_loss(real_logits, fake_logits, self.o.gan_loss, self.o.gan_aggregation)
+        if self.o.gan_loss == "wgan-gp":
+            loss = loss + self.o.gradient_penalty_weight * self._penalty(pictures, x)
+        accuracy = 0.5 * ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean())
+        return loss, accuracy.detach()
+
+    def _penalty(self, pictures: Tensor, x: Tensor) -> Tensor:
+        n = min(len(pictures), len(x))
+        mix = torch.rand((n, 1, 1, 1), generator=self.generator, device=x.device)
+        between = (mix * pictures[:n] + (1 - mix) * x[:n]).detach()
+        t = self.fake_teacher.schedule.uniform(n, self.generator)
+        x_t = self._noised(between, t)[0].requires_grad_()
+        return gradient_penalty(self._logits(x_t, t), x_t)
+
+    # -- the target teacher: L_trg (METHOD §6) ------------------------------------------------------------------------
+
+    def target_teacher_loss(self, pictures: Tensor) -> Losses:
+        """L_denoise on the target pictures, [B, C, H, W]."""
+        assert self.target_teacher is not None
+        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, self.label)
+        return {"target": loss, "total": loss}

@@ -1,0 +1,87 @@
+"""The job `unidad pretrain`: a source diffusion model from scratch, on a folder of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from rich.console import Console
+from torch import Tensor, nn
+
+from unidad import checkpoint
+from unidad.backbones.load import SCHEDULE_KEYS
+from unidad.backbones.unet2d import UNet2DBackbone, random_unet
+from unidad.config import PretrainSettings, as_dict
+from unidad.data import PictureStream, load_folder
+from unidad.errors import SettingsError
+from unidad.export import save_source
+from unidad.log import Log
+from unidad.methods.finetune import Finetune
+from unidad.noise import NoiseSchedule
+from unidad.run import Lock, RunFolder, open_run, surroundings
+from unidad.sample import draw
+from unidad.train import Trainer, make_accelerator, pick_device
+
+
+def pretrain(
+    data: str | Path, out: str | Path, settings: PretrainSettings, resume: bool = False, console: Console | None = None
+) -> RunFolder:
+    """Train a source model and leave it in `out/model`, a stock diffusers folder.
+
+    Args:
+        data: folder of pictures; thousands of them.
+        out: run folder; new, or with `resume` one of the same settings and pictures.
+
+    Raises:
+        UserError: as `load_folder`, `open_run` and `checkpoint.latest` do.
+        Stopped: after SIGINT or SIGTERM, saved.
+    """
+    levels = len(settings.widths)
+    if settings.size % 2 ** (levels - 1) or any(w % 8 for w in settings.widths):
+        raise SettingsError(f"'widths' must be multiples of 8, and 'size' a multiple of {2 ** (levels - 1)} for {levels} of them.")
+    pictures = load_folder(data, settings.size)
+    device = pick_device(settings.device)
+    facts = {
+        "kind": "pretrain",
+        "settings": as_dict(settings),
+        "hashes": {"pictures": pictures.digest},
+        "data": {"count": len(pictures), "folder": Path(data).name},
+        "surroundings": surroundings(str(device)),
+    }
+    run = open_run(out, facts, resume)
+    with Lock(run.path):
+        scheduler = scheduler_settings(settings)
+        schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
+        unet = random_unet((3, settings.size, settings.size), settings.widths, settings.seed)
+        backbone = UNet2DBackbone(unet, schedule, settings.prediction_type).to(device)
+        if settings.compile:
+            backbone.compile_unet()
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        accelerator = make_accelerator(settings, run)
+        stream = PictureStream(pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
+        method = Finetune(backbone, generator, settings.denoising)
+        log = Log(run, accelerator, console)
+        trainer = Trainer(method, stream, settings, run, log, generator, accelerator, _grid)
+        found = checkpoint.latest(run.checkpoints) if resume else None
+        if found:
+            trainer.restore(found[1])
+        trainer.fit()
+        accelerator.end_training()
+        about = f"Trained from scratch with `unidad pretrain` on {len(pictures)} pictures, {trainer.place.cycle} updates."
+        product = trainer.product
+        assert isinstance(product, UNet2DBackbone)
+        save_source(product, scheduler, run.path / "model", {"title": "A source diffusion model", "about": about}, half=True)
+    return run
+
+
+def scheduler_settings(settings: PretrainSettings) -> dict[str, object]:
+    """The noise schedule as diffusers' schedulers name it."""
+    chosen = {"beta_schedule": settings.beta_schedule, "prediction_type": settings.prediction_type}
+    config = dict(DDPMScheduler(**chosen).config)
+    return {key: config[key] for key in SCHEDULE_KEYS}
+
+
+def _grid(product: nn.Module) -> Tensor:
+    assert isinstance(product, UNet2DBackbone)
+    return draw(product, 48)

@@ -1,0 +1,89 @@
+"""The student's K-step rollout (METHOD §3) and DDIM for many-step models: how samples come out of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from unidad.backbones.base import Backbone
+
+ROLLOUT_GRADS: tuple[str, ...] = ("all", "last", "random")
+Noise = Callable[[], Tensor]
+
+
+def rollout(
+    student: Backbone,
+    noise: Noise,
+    steps: Sequence[int],
+    labels: Tensor | None = None,
+    grad: str = "all",
+    stop_after: int | None = None,
+) -> Tensor:
+    """x = G(z): from pure noise at tau_1, alternately predict x0 and re-noise to the next timestep (METHOD §3).
+
+    Args:
+        student: its x0-prediction is used.
+        noise: gives a fresh [B, C, H, W] of standard normal numbers each time it is called; first the start, then one per step.
+        steps: tau_1 > ... > tau_K.
+        labels: [B] int64 for a class-conditional student.
+        grad: "all" keeps the graph of every step; "last" only that of the last step run.
+        stop_after: run only so many of the K steps (DMD2's backward simulation); None runs all.
+
+    Returns:
+        The last x0-prediction, [B, C, H, W], not clamped.
+    """
+    x = noise()
+    count = len(steps) if stop_after is None else stop_after
+    for i, tau in enumerate(steps[:count]):
+        t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (grad == "all" or i == count - 1)):
+            xhat = student.x0(x, t, labels)
+            if i + 1 < count:
+                following = torch.full_like(t, steps[i + 1])
+                x = student.schedule.add_noise(xhat, noise(), following)
+    return xhat
+
+
+@torch.no_grad()
+def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = None, clip: bool = True) -> Tensor:
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta 0) from `noise` [B, C, H, W] in `n_steps` network evaluations.
+
+    Timesteps are evenly spaced from T-1 down ("trailing"); x0-predictions are clipped to [-1, 1] when `clip`.
+    """
+    total = len(model.schedule)
+    taus = [round(total - i * total / n_steps) - 1 for i in range(n_steps)]
+    x = noise
+    for i, tau in enumerate(taus):
+        t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
+        alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
+        xhat = model.x0(x, t, labels)
+        xhat = xhat.clamp(-1, 1) if clip else xhat
+        if i + 1 == len(taus):
+            return xhat
+        eps = (x - alpha * xhat) / sigma
+        x = model.schedule.add_noise(xhat, eps, torch.full_like(t, taus[i + 1]))
+    return xhat
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Noise:
+    """Noise for `rollout` in which picture i draws from its own generator, seeded seeds[i], whatever the batch it is in.
+
+    This is diffusers' convention for a list of generators; numbers are drawn on the CPU so that devices agree.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    return draw
+
+
+def batch_noise(shape: tuple[int, ...], generator: torch.Generator) -> Noise:
+    """Noise for training: each call draws `shape` = [B, C, H, W] from one generator, on its device."""
+
+    def draw() -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    return draw

@@ -1,0 +1,40 @@
+"""Draws pictures from a student (K steps) or a many-step model (DDIM): same seed, same pictures, whatever the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unidad.backbones.base import Backbone
+from unidad.data import to_uint8
+from unidad.rollout import ddim, rollout, seeded_noise
+
+
+@torch.no_grad()
+def draw(
+    backbone: Backbone,
+    n: int,
+    seed: int = 0,
+    steps: Sequence[int] | None = None,
+    ddim_steps: int = 50,
+    batch_size: int = 32,
+    label: int | None = None,
+) -> Tensor:
+    """Draw n pictures, [n, C, H, W] uint8 on the CPU. Picture i depends on seed + i alone.
+
+    Args:
+        backbone: in eval mode, on its device.
+        steps: the student's timesteps; None draws with `ddim_steps` of DDIM instead.
+        label: class of every picture, for a class-conditional network.
+    """
+    device = next(backbone.parameters()).device
+    done = []
+    for start in range(0, n, batch_size):
+        seeds = range(seed + start, seed + min(start + batch_size, n))
+        noise = seeded_noise(seeds, backbone.shape, device)
+        labels = None if label is None else torch.full((len(seeds),), label, device=device)
+        x = ddim(backbone, noise(), ddim_steps, labels) if steps is None else rollout(backbone, noise, steps, labels)
+        done.append(to_uint8(x).cpu())
+    return torch.cat(done)
