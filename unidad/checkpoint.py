@@ -58,7 +58,8 @@ def save(folder: Path, name: str, snapshot: Snapshot) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, staged = folder / name, folder / f".{name}.partial"
-    shutil.rmtree(staged, ignore_errors=True)
+    for litter in folder.glob(".*"):  # of a process that was killed; the run's lock keeps others out
+        shutil.rmtree(litter, ignore_errors=True)
     needed = sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())
     try:
         staged.mkdir()
@@ -70,12 +71,18 @@ def save(folder: Path, name: str, snapshot: Snapshot) -> Path:
             _sync(path)
         manifest = {"format": FORMAT, "files": files, "counters": snapshot.counters}
         text = json.dumps(manifest, indent=1)
-        (staged / MANIFEST).write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}, indent=1))
+        (staged / MANIFEST).write_text(
+            json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}, indent=1)
+        )
         _sync(staged / MANIFEST)
         _sync(staged)
-        if final.exists():
-            shutil.rmtree(final)
-        staged.rename(final)
+        if final.exists():  # only a damaged one, or one of an earlier try at the same place
+            old = folder / f".{name}.old"
+            final.rename(old)
+            staged.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staged.rename(final)
         _sync(folder)
     except Exception as error:  # safetensors raises its own type for a full disk
         shutil.rmtree(staged, ignore_errors=True)

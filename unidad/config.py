@@ -26,7 +26,6 @@ class LoopSettings:
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # auto | fp32 | bf16 (autocast; weights stay float32)
-    compile: bool = False  # torch.compile the networks
     cycles: int = 1000
     max_minutes: float = 0.0  # stop early, saved and resumable, after so many minutes of training; 0: no limit
     batch_size: int = 8
@@ -85,6 +84,7 @@ class PretrainSettings(LoopSettings):
     prediction_type: str = "v_prediction"
     beta_schedule: str = "squaredcos_cap_v2"
     denoising: str = "v"
+    compile: bool = False  # torch.compile the network; not together with bf16 on a CPU
     cycles: int = 20_000
     batch_size: int = 32
     lr: float = 1e-3
@@ -165,7 +165,9 @@ def build_settings(kind: type[S], *layers: Mapping[str, Any]) -> S:
 
 
 def _convert(key: str, value: Any, default: Any) -> Any:
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of whole numbers"}[type(default)]
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of whole numbers"}[
+        type(default)
+    ]
     try:
         if isinstance(default, bool):
             if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
@@ -190,7 +192,9 @@ def _convert(key: str, value: Any, default: Any) -> Any:
 
 def _check(key: str, value: Any) -> None:
     if key in CHOICES and value not in CHOICES[key]:
-        raise SettingsError(f"'{key}' must be one of {', '.join(CHOICES[key])}, not '{value}'.{did_you_mean(str(value), CHOICES[key])}")
+        raise SettingsError(
+            f"'{key}' must be one of {', '.join(CHOICES[key])}, not '{value}'.{did_you_mean(str(value), CHOICES[key])}"
+        )
     if key in RANGES:
         low, high = RANGES[key]
         if not (math.isfinite(value) and low <= value <= high):
@@ -203,7 +207,9 @@ def _check_together(settings: LoopSettings) -> None:
     if settings.dmd_weight == 0 and settings.gan_weight == 0:
         raise SettingsError("'dmd_weight' and 'gan_weight' are both 0: the student would learn nothing. Raise one of them.")
     if settings.gan_weight > 0 and settings.disc_weight == 0:
-        raise SettingsError("'gan_weight' is above 0 but 'disc_weight' is 0: the heads would never learn. Raise 'disc_weight' or set both to 0.")
+        raise SettingsError(
+            "'gan_weight' is above 0 but 'disc_weight' is 0: the heads would never learn. Raise 'disc_weight' or set both to 0."
+        )
     if settings.target_teacher == "off" and settings.a > 0 and settings.dmd_weight > 0:
         raise SettingsError(f"'target_teacher' is off but 'a' is {settings.a:g}. Set a=0 for the source teacher alone.")
 

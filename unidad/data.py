@@ -209,6 +209,6 @@ class PictureStream:
             index.append(int(order[place]))
             flip.append(bool(flips[place]) and self.hflip)
         self.drawn += n
-        x = to_signed(self.pixels[torch.tensor(index, device=self.pixels.device)])
-        mirrored = torch.tensor(flip, device=x.device).view(-1, 1, 1, 1)
+        x = to_signed(self.pixels[torch.tensor(index, dtype=torch.long, device=self.pixels.device)])
+        mirrored = torch.tensor(flip, dtype=torch.bool, device=x.device).view(-1, 1, 1, 1)
         return torch.where(mirrored, x.flip(-1), x)

@@ -93,7 +93,9 @@ def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: boo
         staged.rename(out)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise CheckpointError(f"'{out}' cannot be written: {error.strerror or error}. Give another folder or free some space.") from None
+        raise CheckpointError(
+            f"'{out}' cannot be written: {error.strerror or error}. Give another folder or free some space."
+        ) from None
 
 
 _HEADER = """---
@@ -104,7 +106,9 @@ tags: [unconditional-image-generation{tags}]
 
 
 def _source_card(facts: dict[str, Any]) -> str:
-    return _HEADER.format(tags="") + f"""# {facts.get("title", "A diffusion model")}
+    return (
+        _HEADER.format(tags="")
+        + f"""# {facts.get("title", "A diffusion model")}
 
 {facts.get("about", "")}
 
@@ -114,6 +118,7 @@ pipe = DDPMPipeline.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
 pipe(batch_size=4, num_inference_steps=50).images
 ```
 """
+    )
 
 
 def _student_card(steps: list[int], facts: dict[str, Any], stock: bool, conditional: bool) -> str:
@@ -122,9 +127,14 @@ def _student_card(steps: list[int], facts: dict[str, Any], stock: bool, conditio
     if stock:
         pipeline, call = "DDPMPipeline", f"pipe(batch_size=4, num_inference_steps={k}).images"
     else:
-        pipeline, call = "ConsistencyModelPipeline", f"pipe(batch_size=4, num_inference_steps=None, timesteps={steps}{label}).images"
+        pipeline, call = (
+            "ConsistencyModelPipeline",
+            f"pipe(batch_size=4, num_inference_steps=None, timesteps={steps}{label}).images",
+        )
     warning = "its default of 1000 steps is refused" if stock else "its default is ONE step at a timestep this model never saw"
-    return _HEADER.format(tags=", few-step, uni-dad") + f"""# A {k}-step generator
+    return (
+        _HEADER.format(tags=", few-step, uni-dad")
+        + f"""# A {k}-step generator
 
 {facts.get("about", "")}
 
@@ -143,3 +153,4 @@ The same pictures as `unidad sample --seed 0`: add `generator=[torch.Generator()
 Trained from: {facts.get("source", "unknown")}. Target pictures: {facts.get("target", "unknown")}.
 The pictures' licence and the source model's licence both bind what is made with it.
 """
+    )

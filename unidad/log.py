@@ -34,6 +34,7 @@ class Log:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed = 0.0
+        self._total = 0
 
     def add(self, phase: str, losses: dict[str, Tensor]) -> None:
         """Remember terms of one micro-batch; no synchronisation."""
@@ -41,6 +42,11 @@ class Log:
             key = f"{phase}/{name}"
             total, count = self._sums.get(key, (torch.zeros((), device=value.device), 0))
             self._sums[key] = (total + value.detach(), count + 1)
+
+    @property
+    def pending(self) -> bool:
+        """Whether terms were added since the last flush."""
+        return bool(self._sums)
 
     def flush(self, cycle: int, seconds: float, updates: dict[str, int]) -> None:
         """Write the means since the last flush: one row in log.jsonl, the trackers and the bar."""
@@ -60,7 +66,8 @@ class Log:
             self._progress.update(self._task, completed=cycle, losses=text)
         if self.console is not None and not self.console.is_terminal and seconds - self._printed >= 15:
             self._printed = seconds
-            self.console.print(f"cycle {cycle}  {seconds:.0f} s  {text}", highlight=False)
+            left = seconds / max(1, cycle) * (self._total - cycle) / 60
+            self.console.print(f"cycle {cycle} of {self._total}, about {left:.0f} min left  {text}", highlight=False)
 
     def picture(self, cycle: int, pixels: Tensor) -> None:
         """Store a sample grid as samples/<cycle>.png."""
@@ -93,10 +100,18 @@ class Log:
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
         """Draw the bar while the block runs, where there is a terminal."""
+        self._total = total
         if self.console is None or not self.console.is_terminal:
             yield
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"))
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+        )
         with Progress(*columns, console=self.console, speed_estimate_period=60) as progress:
             self._progress, self._task = progress, progress.add_task("", total=total, completed=done, losses="")
             try:

@@ -28,10 +28,8 @@ def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
-def dual_domain_gradient(
-    x: Tensor, xhat_fake: Tensor, xhat_source: Tensor | None, xhat_target: Tensor | None, a: float
-) -> Tensor:
-    """g = (1 - a) g_src + a g_trg (METHOD §4). A teacher that was not run is None and must have weight 0.
+def dual_domain_gradient(x: Tensor, xhat_fake: Tensor, xhat_source: Tensor | None, xhat_target: Tensor | None, a: float) -> Tensor:
+    """G = (1 - a) g_src + a g_trg (METHOD §4). A teacher that was not run is None and must have weight 0.
 
     Raises:
         ValueError: if a is outside [0, 1] or a teacher with a weight is missing.

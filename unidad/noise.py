@@ -95,7 +95,7 @@ class NoiseSchedule:
         return alpha * x + sigma * eps
 
     def scales(self) -> Tensor:
-        """s = sigma_t / alpha_t, [T] float64, rising: the noise level of the EDM frame xbar = x + s eps (METHOD §2)."""
+        """S = sigma_t / alpha_t, [T] float64, rising: the noise level of the EDM frame xbar = x + s eps (METHOD §2)."""
         bar = self.alphas_cumprod.double()
         return ((1.0 - bar) / bar).sqrt()
 
@@ -130,12 +130,12 @@ class NoiseSchedule:
     # -- laws of t for the losses, METHOD §4-§6 -----------------------------------------------------------------------
 
     def uniform(self, n: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """t ~ U{low*T .. high*T - 1}, [n] int64 on the generator's device. METHOD §4 uses 0.02..0.98, §5-§6 0..1."""
+        """T ~ U{low*T .. high*T - 1}, [n] int64 on the generator's device. METHOD §4 uses 0.02..0.98, §5-§6 0..1."""
         lo, hi = int(low * len(self)), max(int(high * len(self)), int(low * len(self)) + 1)
         return torch.randint(lo, hi, (n,), generator=generator, device=generator.device)
 
     def karras(self, n: int, generator: torch.Generator, points: int = 1000) -> Tensor:
-        """t uniform over a Karras grid, rho 7, s in 0.002..80, snapped: the public FSIG code's law (METHOD §4). [n] int64."""
+        """T uniform over a Karras grid, rho 7, s in 0.002..80, snapped: the public FSIG code's law (METHOD §4). [n] int64."""
         ramp = torch.linspace(0, 1, points, dtype=torch.float64)
         s = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         grid = self.nearest_timestep(s).to(generator.device)

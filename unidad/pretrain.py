@@ -21,7 +21,7 @@ from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
 from unidad.run import Lock, RunFolder, open_run, surroundings
 from unidad.sample import draw
-from unidad.train import Trainer, make_accelerator, pick_device
+from unidad.train import Trainer, make_accelerator, pick_device, use_bf16
 
 
 def pretrain(
@@ -40,8 +40,11 @@ def pretrain(
     levels = len(settings.widths)
     if settings.size % 2 ** (levels - 1) or any(w % 8 for w in settings.widths):
         raise SettingsError(f"'widths' must be multiples of 8, and 'size' a multiple of {2 ** (levels - 1)} for {levels} of them.")
-    pictures = load_folder(data, settings.size)
     device = pick_device(settings.device)
+    if settings.compile and device.type == "cpu" and use_bf16(settings.precision, device):
+        # Seen with torch 2.13: gradients of everything below the first upsampler come out as exactly zero.
+        raise SettingsError("'compile' with precision=bf16 gives wrong gradients on a CPU. Use compile=false, or precision=fp32.")
+    pictures = load_folder(data, settings.size)
     facts = {
         "kind": "pretrain",
         "settings": as_dict(settings),

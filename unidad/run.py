@@ -170,7 +170,8 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 def surroundings(device: str) -> dict[str, Any]:
     """Versions, machine and commit, written beside every result."""
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in ("unidad", "torch", "diffusers", "accelerate", "numpy")},
+        "versions": {"python": platform.python_version()}
+        | {p: _version(p) for p in ("unidad", "torch", "diffusers", "accelerate", "numpy")},
         "platform": platform.platform(),
         "device": device,
         "commit": _commit(),

@@ -76,18 +76,27 @@ class Trainer:
     ):
         self.method, self.stream, self.settings, self.run = method, stream, settings, run
         self.log, self.generator, self.sampler, self.accelerator = log, generator, sampler, accelerator
-        self.place = Place(updates={name: 0 for name in method.trained()})
+        self.place = Place(updates=dict.fromkeys(method.trained(), 0))
         self.rates = {name: (rates or {}).get(name) or settings.lr for name in method.trained()}
         self.optimizers = {name: self._optimizer(name) for name in method.trained()}
-        self.ema = AveragedModel(method.networks[method.product], multi_avg_fn=_ramped_average(settings.ema)) if settings.ema else None
+        self.ema = (
+            AveragedModel(method.networks[method.product], multi_avg_fn=_ramped_average(settings.ema)) if settings.ema else None
+        )
         self._stop: int | None = None
-        self._autocast = torch.autocast(stream.pixels.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, stream.pixels.device))
+        self._saved: str | None = None
+        self._autocast = torch.autocast(
+            stream.pixels.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, stream.pixels.device)
+        )
 
     def _optimizer(self, name: str) -> torch.optim.AdamW:
         s = self.settings
         parameters = list(self.method.networks[name].parameters())
         return torch.optim.AdamW(
-            parameters, lr=self.rates[name], betas=(s.beta1, s.beta2), weight_decay=s.weight_decay, fused=parameters[0].device.type != "mps"
+            parameters,
+            lr=self.rates[name],
+            betas=(s.beta1, s.beta2),
+            weight_decay=s.weight_decay,
+            fused=parameters[0].device.type != "mps",
         )
 
     @property
@@ -116,12 +125,14 @@ class Trainer:
                 self._after_cycle()
                 if s.max_minutes and time.monotonic() - session > 60 * s.max_minutes:
                     break
+            if self.log.pending:
+                self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates))
             self.save()
             if not s.sample_every or self.place.cycle % s.sample_every:
                 self._sample()
 
     def _cycle(self) -> None:
-        phases = self.method.phases
+        phases = self.method.cycle_phases(self.place.cycle)
         while self.place.phase < len(phases):
             phase = phases[self.place.phase]
             while self.place.repeat < phase.repeats:
@@ -149,7 +160,9 @@ class Trainer:
                     losses = phase.loss(pictures)
                 for name, value in losses.items():
                     if not torch.isfinite(value):
-                        raise NonFiniteError(f"the loss '{name}' of phase '{phase.name}' became {value.item()} in cycle {self.place.cycle}")
+                        raise NonFiniteError(
+                            f"the loss '{name}' of phase '{phase.name}' became {value.item()} in cycle {self.place.cycle}"
+                        )
                 (losses["total"] / n).backward()
                 self.log.add(phase.name, losses)
             self._step(phase)
@@ -161,7 +174,9 @@ class Trainer:
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
             if not torch.isfinite(norms[name]):
                 self._drop_gradients(phase)
-                raise NonFiniteError(f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()} in cycle {self.place.cycle}")
+                raise NonFiniteError(
+                    f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()} in cycle {self.place.cycle}"
+                )
         for name in phase.trains:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
@@ -213,13 +228,14 @@ class Trainer:
         return checkpoint.Snapshot(tensors, counters)
 
     def save(self) -> Path:
-        """Write a checkpoint, then delete old ones."""
-        p = self.place
-        name = f"{p.cycle:08d}" + (f"-{p.phase}-{p.repeat:04d}" if p.phase or p.repeat else "")
-        path = checkpoint.save(self.run.checkpoints, name, self.snapshot())
-        checkpoint.prune(self.run.checkpoints, self.settings.keep)
-        self.log.flush_files()
-        return path
+        """Write a checkpoint, then delete old ones; returns its path. Where this place is saved already, nothing is written."""
+        name = _checkpoint_name(self.place)
+        if name != self._saved:
+            checkpoint.save(self.run.checkpoints, name, self.snapshot())
+            checkpoint.prune(self.run.checkpoints, self.settings.keep)
+            self.log.flush_files()
+            self._saved = name
+        return self.run.checkpoints / name
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Put a snapshot back; afterwards training goes on as if it had never stopped.
@@ -244,6 +260,7 @@ class Trainer:
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"The checkpoint does not fit this run: {reason}") from error
+        self._saved = _checkpoint_name(self.place)
         self.log.rewind(self.place.cycle)
 
     @contextmanager
@@ -265,6 +282,11 @@ class Trainer:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def _checkpoint_name(place: Place) -> str:
+    within = f"-{place.phase}-{place.repeat:04d}" if place.phase or place.repeat else ""
+    return f"{place.cycle:08d}{within}"
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -325,8 +347,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, slot in state.items():
         if slot["exp_avg"].shape != parameters[index].shape:

@@ -112,13 +112,17 @@ def _find_folder(name: str) -> Path:
         raise ModelError(f"'{name}' is a file; a model is a folder saved by diffusers.")
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_hub_id:
-        raise ModelError(f"There is no model folder '{name}'. Bundled models: {', '.join(BUNDLED + n for n in bundled_names('models'))}.")
+        raise ModelError(
+            f"There is no model folder '{name}'. Bundled models: {', '.join(BUNDLED + n for n in bundled_names('models'))}."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub's errors have no common base short of this
-        raise ModelError(f"There is no folder '{name}', and it could not be fetched from the hub: {type(error).__name__}.") from None
+        raise ModelError(
+            f"There is no folder '{name}', and it could not be fetched from the hub: {type(error).__name__}."
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

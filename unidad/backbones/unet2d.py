@@ -122,6 +122,4 @@ def random_unet(shape: tuple[int, int, int], widths: tuple[int, ...], seed: int,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DModel(
-            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], block_out_channels=widths, **settings
-        )
+        return UNet2DModel(sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], block_out_channels=widths, **settings)

@@ -25,6 +25,7 @@ class Phase:
         repeats: updates per cycle.
         loss: real pictures [B, C, H, W] in [-1, 1] -> named scalar terms; "total" is what is minimised.
         needs_data: False where the loss looks at no real picture; it is then given an empty batch.
+        once: True for a phase of the first cycle only.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Phase:
     repeats: int
     loss: Callable[[Tensor], Losses]
     needs_data: bool = True
+    once: bool = False
 
 
 class Method(ABC):
@@ -57,6 +59,10 @@ class Method(ABC):
         """Take back what `carried` gave."""
         if carried:
             raise ValueError("this method carries nothing between updates")
+
+    def cycle_phases(self, cycle: int) -> list[Phase]:
+        """Phases of one cycle, in order."""
+        return [phase for phase in self.phases if phase.repeats and (cycle == 0 or not phase.once)]
 
     def trained(self) -> list[str]:
         """Names of the networks that some phase trains, in a fixed order."""

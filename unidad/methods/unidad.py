@@ -69,6 +69,7 @@ class UniDAD(Method):
         batch_size: student samples per (micro-)batch.
         generator: source of all noise and timesteps, on the networks' device.
         train_target: False keeps the target teacher as it is (a pre-adapted checkpoint).
+        target_warmup: updates of the target teacher before the first cycle.
         label: class of every picture, for class-conditional networks.
 
     Raises:
@@ -90,20 +91,22 @@ class UniDAD(Method):
         batch_size: int,
         generator: torch.Generator,
         train_target: bool = True,
+        target_warmup: int = 0,
         label: int | None = None,
     ):
         self.o = objective
         self.uses_source = objective.dmd_weight > 0 and objective.a < 1
         self.uses_target = objective.dmd_weight > 0 and objective.a > 0
         self.uses_gan = objective.gan_weight > 0 or objective.disc_weight > 0
-        if self.uses_source and source_teacher is None or self.uses_target and target_teacher is None:
+        if (self.uses_source and source_teacher is None) or (self.uses_target and target_teacher is None):
             raise ValueError(f"a = {objective.a} needs a {'source' if source_teacher is None else 'target'} teacher")
         if self.uses_gan and heads is None:
             raise ValueError("the GAN has a weight but there are no heads")
         self.student, self.fake_teacher = student, fake_teacher
         self.source_teacher, self.target_teacher, self.heads = source_teacher, target_teacher, heads
-        self.student_steps, self.batch_size, self.generator, self.label = student_steps, batch_size, generator, label
-        named = {"student": student, "source_teacher": source_teacher, "fake_teacher": fake_teacher}
+        self.student_steps: list[int] = student_steps
+        self.batch_size, self.generator, self.label = batch_size, generator, label
+        named: dict[str, nn.Module | None] = {"student": student, "source_teacher": source_teacher, "fake_teacher": fake_teacher}
         named |= {"target_teacher": target_teacher, "heads": heads}
         self.networks = {name: network for name, network in named.items() if network is not None}
         self._fresh: list[Tensor] = []
@@ -113,7 +116,9 @@ class UniDAD(Method):
             Phase("fake_teacher", learners, objective.fake_updates, self.fake_teacher_loss, needs_data=self.uses_gan),
         ]
         if self.uses_target and train_target:
-            self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss))
+            learns = ("target_teacher",)
+            self.phases.insert(0, Phase("target_warmup", learns, target_warmup, self.target_teacher_loss, once=True))
+            self.phases.append(Phase("target_teacher", learns, 1, self.target_teacher_loss))
 
     def carried(self) -> list[Tensor]:
         """Student samples kept for the first fake-teacher update."""
@@ -126,7 +131,7 @@ class UniDAD(Method):
     # -- pieces -------------------------------------------------------------------------------------------------------
 
     def generate(self, grad: str = "all", stop_after: int | None = None) -> Tensor:
-        """x = G(z), a batch of student samples, [batch_size, C, H, W]; gradients as the surrounding mode and `grad` say."""
+        """X = G(z), a batch of student samples, [batch_size, C, H, W]; gradients as the surrounding mode and `grad` say."""
         noise = batch_noise((self.batch_size, *self.student.shape), self.generator)
         return rollout(self.student, noise, self.student_steps, self._labels(self.batch_size), grad, stop_after)
 
@@ -174,7 +179,7 @@ class UniDAD(Method):
 
     @torch.no_grad()
     def dmd_gradient(self, x: Tensor) -> Tensor:
-        """g of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
+        """G of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
         schedule = self.fake_teacher.schedule
         t = schedule.karras(len(x), self.generator) if self.o.timestep_law == "karras" else None
         t = schedule.uniform(len(x), self.generator, 0.02, 0.98) if t is None else t

@@ -1,0 +1,33 @@
+# `make demo` and `make test` set everything up by themselves; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench soak clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,tensorboard]'
+	touch $@
+
+demo: $(READY)  ## adapt and distil the bundled model to ten bundled pictures, within ten minutes on two CPU cores
+	$(BIN)/unidad train --preset avatars-demo --target bundled:toonHead --out runs/demo --resume
+	@echo "Open runs/demo/report.html; the pictures are in runs/demo/grid.png, the generator in runs/demo/student"
+
+test: $(READY) lint  ## lint, types and tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## the README's numbers; draws held-out pictures first (needs node and npm), about two hours on two CPU cores
+	$(BIN)/python benchmarks/avatars.py
+
+soak: $(READY)  ## the long tests: random kills and whatever else takes minutes
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from unidad.backbones.unet2d import UNet2DBackbone
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def net_v() -> UNet2DBackbone:
+    """Three levels, attention at 8x8 and in the middle, cosine schedule, v-prediction."""
+    return tiny.backbone(0, "v_prediction", (16, 32, 32))
+
+
+@pytest.fixture
+def net_eps() -> UNet2DBackbone:
+    """The same network on the linear schedule, epsilon-prediction."""
+    return tiny.backbone(0, "epsilon", (16, 32, 32))
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten different PNGs of 40x32 to 49x41."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40 + i, 32 + i), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

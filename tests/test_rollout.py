@@ -1,0 +1,136 @@
+import pytest
+import tiny
+import torch
+from diffusers import DDPMScheduler, LCMScheduler
+
+from unidad.rollout import batch_noise, ddim, rollout, seeded_noise
+
+
+def noises(n: int, k: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(n, *tiny.SHAPE, generator=g) for _ in range(k)]
+
+
+def feed(tensors: list[torch.Tensor]):
+    left = iter(tensors)
+    return lambda: next(left)
+
+
+def plain_loop(net, steps, eps, detach=False):
+    x = eps[0]
+    for i, tau in enumerate(steps):
+        t = torch.full((len(x),), tau)
+        xhat = net.x0(x, t)
+        if i + 1 == len(steps):
+            return xhat
+        bar = net.schedule.alphas_cumprod[steps[i + 1]]
+        x = bar.sqrt() * (xhat.detach() if detach else xhat) + (1 - bar).sqrt() * eps[i + 1]
+    raise AssertionError
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@torch.no_grad()
+def test_equals_a_plain_loop(net_v, k):
+    steps, eps = net_v.schedule.student_steps(k), noises(2, k)
+    assert torch.equal(rollout(net_v, feed(eps), steps), plain_loop(net_v, steps, eps))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_equals_stock_lcm_scheduler(k, kind):
+    """DESIGN.md's recipe, stepped with the same per-picture generators: equal to the last bit."""
+    net, seeds = tiny.backbone(0, kind), [11, 12, 13]
+    teacher = DDPMScheduler(beta_schedule="linear" if kind == "epsilon" else "squaredcos_cap_v2", prediction_type=kind)
+    stock = LCMScheduler.from_config(
+        {key: teacher.config[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type")},
+        original_inference_steps=k,
+        timestep_scaling=1e6,
+        clip_sample=False,
+        thresholding=False,
+        steps_offset=1,
+    )
+    assert torch.equal(stock.alphas_cumprod, net.schedule.alphas_cumprod)
+    stock.set_timesteps(k)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    x = torch.cat([torch.randn(1, *tiny.SHAPE, generator=g) for g in generators])
+    for t in stock.timesteps:
+        x = stock.step(net.unet(x, t).sample, t, x, generator=generators).prev_sample
+    assert torch.equal(rollout(net, seeded_noise(seeds, tiny.SHAPE), net.schedule.student_steps(k)), x)
+
+
+@torch.no_grad()
+def test_stop_after_runs_the_first_steps_only(net_v):
+    steps, eps = net_v.schedule.student_steps(3), noises(2, 3)
+    for stop in (1, 2, 3):
+        drawn = []
+
+        def noise(drawn=drawn):
+            drawn.append(1)
+            return eps[len(drawn) - 1]
+
+        assert torch.equal(rollout(net_v, noise, steps, stop_after=stop), plain_loop(net_v, steps[:stop], eps))
+        assert len(drawn) == stop  # no number is drawn and thrown away
+
+
+@pytest.mark.parametrize(("grad", "detach"), [("all", False), ("last", True)])
+def test_which_steps_are_in_the_graph(grad, detach):
+    net = tiny.backbone(0)
+    steps, eps = net.schedule.student_steps(2), noises(2, 2)
+
+    def gradients(x):
+        net.zero_grad()
+        x.square().mean().backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    ours = gradients(rollout(net, feed(eps), steps, grad=grad))
+    wanted = gradients(plain_loop(net, steps, eps, detach=detach))
+    other = gradients(plain_loop(net, steps, eps, detach=not detach))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(ours, wanted, strict=True))
+    assert any(not torch.allclose(a, b, rtol=1e-2, atol=1e-6) for a, b in zip(ours, other, strict=True))
+
+
+def test_no_graph_where_gradients_are_off(net_v):
+    with torch.no_grad():
+        assert not rollout(net_v, feed(noises(1, 2)), [999, 499]).requires_grad
+
+
+def test_seeded_noise_does_not_depend_on_the_batch():
+    shape = (2, 3, 3)
+    whole, parts = seeded_noise([4, 5, 6], shape), [seeded_noise([4], shape), seeded_noise([5, 6], shape)]
+    for _ in range(3):
+        assert torch.equal(whole(), torch.cat([p() for p in parts]))
+    again, first = seeded_noise([4], shape), torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(again()[0], first)
+    assert not torch.equal(again()[0], first)  # fresh numbers at every call
+
+
+def test_batch_noise_is_fresh_and_reproducible():
+    a, b = (batch_noise((2, 1, 2, 2), torch.Generator().manual_seed(3)) for _ in range(2))
+    one, two = a(), a()
+    assert torch.equal(one, b())
+    assert not torch.equal(one, two)
+
+
+@torch.no_grad()
+def test_ddim_of_a_gaussian_keeps_its_quantiles():
+    """The probability-flow ODE of N(m, s) data maps z to m + s z; DDIM with many steps comes close to it."""
+    net = tiny.GaussianBackbone(0.4, 0.3)
+    z = torch.randn(4, *net.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ddim(net, z, 250, clip=False), 0.4 + 0.3 * z, atol=0.02)
+
+
+@torch.no_grad()
+def test_ddim_equals_diffusers(net_v):
+    from diffusers import DDIMScheduler
+
+    stock = DDIMScheduler.from_config(
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").config,
+        timestep_spacing="trailing",
+        clip_sample=True,
+    )
+    stock.set_timesteps(5)
+    x = z = noises(1, 1)[0]
+    for t in stock.timesteps:
+        x = stock.step(net_v.unet(x, t).sample, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+    assert torch.allclose(ddim(net_v, z, 5), x, atol=1e-2)

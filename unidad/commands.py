@@ -1,0 +1,171 @@
+"""What the commands sample, evaluate and export do, as functions a program can call too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from unidad import checkpoint
+from unidad.backbones.load import Model, bundled_path, load_model
+from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.data import load_folder, picture_grid
+from unidad.errors import CheckpointError, DataError, SettingsError
+from unidad.export import save_source, save_student
+from unidad.run import RUN_FILE, RunFolder
+from unidad.sample import draw
+from unidad.train import pick_device
+
+DEFAULT_DDIM_STEPS = 50
+
+
+def load_product(name: str | Path) -> Model:
+    """A model folder, a bundled model, or a run: its finished student or model, else the newest checkpoint's.
+
+    Raises:
+        UserError: if it is none of these, or a run without a checkpoint.
+    """
+    path = Path(name)
+    if not (path / RUN_FILE).exists():
+        return load_model(name)
+    run = RunFolder(path)
+    facts = run.read()
+    for finished in (run.student, run.path / "model"):
+        if finished.is_dir():
+            return load_model(finished)
+    if facts["kind"] != "train":
+        raise CheckpointError(f"'{path}' is a {facts['kind']} run that has not finished. Go on with --resume.")
+    found = checkpoint.latest(run.checkpoints)
+    if found is None:
+        raise CheckpointError(f"'{path}' has no checkpoint yet. Go on with --resume.")
+    model = load_model(facts["settings"]["source"])
+    tensors = found[1].tensors
+    averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
+    model.backbone.load_state_dict(averaged or tensors["network.student"], strict=True)
+    return replace(model, name=str(name), student_steps=facts["student_steps"])
+
+
+def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: int, device: str) -> Tensor:
+    """N pictures, [n, 3, H, W] uint8: with `steps` student steps or DDIM steps, or as many as the model was made for.
+
+    Raises:
+        SettingsError: if a number cannot be used.
+    """
+    if n < 1 or batch_size < 1 or (steps is not None and steps < 1):
+        raise SettingsError("-n, --batch-size and --steps must be at least 1.")
+    if not 0 <= seed <= 2**31:
+        raise SettingsError(f"--seed must lie between 0 and 2147483648, not {seed}.")
+    backbone = model.backbone.to(pick_device(device))
+    if model.student_steps is None:
+        if (steps or 0) > len(backbone.schedule):
+            raise SettingsError(f"--steps must be at most {len(backbone.schedule)}.")
+        return draw(backbone, n, seed, ddim_steps=steps or DEFAULT_DDIM_STEPS, batch_size=batch_size)
+    grid = model.student_steps
+    if steps is not None and steps != len(grid):
+        try:
+            grid = backbone.schedule.student_steps(steps)
+        except ValueError as error:
+            raise SettingsError(f"--steps: {error}.") from None
+    return draw(backbone, n, seed, steps=grid, batch_size=batch_size)
+
+
+def new_folder(out: str | Path) -> Path:
+    """Make a folder to write to.
+
+    Raises:
+        DataError: if it holds something already or cannot be made.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"'{folder}' is not an empty folder. Give another --out; nothing there was touched.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"'{folder}' cannot be made: {error.strerror}. Give another --out.") from None
+    return folder
+
+
+def sample_to_folder(
+    name: str, n: int, out: str | Path, steps: int | None = None, seed: int = 0, batch_size: int = 32, device: str = "auto"
+) -> Path:
+    """Draw n pictures into a folder, named by their seed, with a grid.png; returns the grid's path.
+
+    Raises:
+        UserError: as `load_product`, `draw_from` and `new_folder` do.
+    """
+    model = load_product(name)
+    folder = new_folder(out)
+    pixels = draw_from(model, n, steps, seed, batch_size, device)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{seed + i:06d}.png")
+    grid = folder / "grid.png"
+    picture_grid(pixels[:256], columns=min(16, max(4, round(n**0.5))), scale=max(1, 64 // pixels.shape[-1])).save(grid)
+    return grid
+
+
+def evaluate_command(args: argparse.Namespace) -> str:
+    """`unidad evaluate`: returns the table; writes --json and --panel.
+
+    Raises:
+        UserError: as loading and drawing do.
+    """
+    from unidad.metrics.evaluate import evaluate, nearest_panel, table
+    from unidad.metrics.features import load_extractor
+
+    extractor = load_extractor(args.extractor)
+    samples, facts = _samples(args)
+    size = samples.shape[-1]
+    reference = load_folder(bundled_path(args.reference, "targets"), size).pixels
+    train = load_folder(bundled_path(args.train, "targets"), size).pixels if args.train else None
+    scores = evaluate(samples, reference, train, extractor) | facts
+    if args.json:
+        Path(args.json).write_text(json.dumps({k: v for k, v in scores.items() if k != "nearest"}, indent=1) + "\n")
+    if args.panel:
+        if train is None:
+            raise SettingsError("--panel needs --train FOLDER.")
+        nearest_panel(samples, train, scores["nearest"]).save(args.panel)
+    return table(scores)
+
+
+def _samples(args: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:
+    path = Path(args.samples)
+    is_model = args.samples.startswith("bundled:") or (path / RUN_FILE).exists() or (path / "model_index.json").exists()
+    if not is_model:
+        with Image.open(sorted(path.glob("*.png"))[0]) if any(path.glob("*.png")) else Image.new("RGB", (32, 32)) as first:
+            size = min(first.size)
+        found = load_folder(path, size, args.n)
+        return found.pixels, {"drawn_with": None}
+    model = load_product(args.samples)
+    pixels = draw_from(model, args.n, args.steps, args.seed, 50, args.device)
+    nfe = args.steps or (len(model.student_steps) if model.student_steps else DEFAULT_DDIM_STEPS)
+    return pixels, {"drawn_with": {"nfe": nfe, "seed": args.seed}}
+
+
+def export_run(name: str, out: Path, half: bool = False) -> Path:
+    """Write a run's product as a stock diffusers folder; returns `out`.
+
+    Raises:
+        UserError: no run or model there, or `out` is not empty.
+    """
+    model = load_product(name)
+    new_folder(out).rmdir()
+    assert isinstance(model.backbone, UNet2DBackbone)
+    run = RunFolder(Path(name))
+    facts = {"about": "Exported with unidad."}
+    if (run.path / RUN_FILE).exists():
+        data = run.read().get("data", {})
+        source = Path(str(run.read()["settings"].get("source", ""))).name
+        facts = {
+            "about": "Exported with unidad.",
+            "source": source,
+            "target": f"{data.get('target')} ({data.get('count')} pictures)",
+        }
+    if model.student_steps is None:
+        save_source(model.backbone, model.scheduler, out, facts, half)
+    else:
+        save_student(model.backbone, model.scheduler, model.student_steps, out, facts, half)
+    return out

@@ -1,0 +1,163 @@
+"""Plain words about a path (`unidad info`) and about this machine (`unidad doctor`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
+from unidad.data import list_pictures, open_picture
+from unidad.errors import DataError, ModelError, UserError
+from unidad.run import RUN_FILE, RunFolder
+
+LEAST_TORCH = (2, 10)
+
+
+def describe_path(name: str) -> str:
+    """What a bundled name, run, model folder or folder of pictures is.
+
+    Raises:
+        UserError: if it is none of these; says what it looks like instead.
+    """
+    if name.startswith(BUNDLED):
+        targets = bundled_names("targets")
+        return _pictures(bundled_path(name, "targets")) if name.removeprefix(BUNDLED) in targets else _model(name)
+    path = Path(name)
+    if not path.exists():
+        known = ", ".join(BUNDLED + n for n in bundled_names("models") + bundled_names("targets"))
+        raise DataError(f"There is nothing at '{name}'. Bundled: {known}.")
+    if (path / RUN_FILE).exists():
+        return _run(path)
+    if (path / "model_index.json").exists() or (path / "config.json").exists():
+        return _model(name)
+    try:
+        return _pictures(path)
+    except DataError as error:
+        raise DataError(f"'{name}' is no run, no diffusers model, and no folder of pictures. {error}") from None
+
+
+def _model(name: str) -> str:
+    model = load_model(name)
+    channels, height, width = model.backbone.shape
+    parameters = sum(p.numel() for p in model.backbone.parameters())
+    kind = (
+        f"a {len(model.student_steps)}-step student (timesteps {model.student_steps})"
+        if model.student_steps
+        else "a many-step diffusion model"
+    )
+    classes = "" if model.backbone.num_classes is None else f", {model.backbone.num_classes} classes"
+    return (
+        f"{name}: {kind}\n  pictures   {width}x{height}, {channels} channels{classes}\n  size       {parameters / 1e6:.1f} million parameters\n"
+        f"  predicts   {model.scheduler['prediction_type']}, schedule {model.scheduler['beta_schedule']}, "
+        f"{len(model.backbone.schedule)} timesteps\n  sha256     {model.digest}"
+    )
+
+
+def _run(path: Path) -> str:
+    from unidad import checkpoint
+    from unidad.report import read_log
+
+    run = RunFolder(path)
+    facts, rows = run.read(), read_log(run.log)
+    settings, data = facts["settings"], facts.get("data", {})
+    cycle = rows[-1]["cycle"] if rows else 0
+    minutes = rows[-1]["seconds"] / 60 if rows else 0.0
+    product = next((p for p in (run.student, run.path / "model") if p.is_dir()), None)
+    lines = [
+        f"{path}: a {facts['kind']} run, cycle {cycle} of {settings['cycles']}, {minutes:.1f} minutes",
+        f"  pictures     {data.get('count', '?')} in {data.get('target', data.get('folder', '?'))}",
+        f"  checkpoints  {', '.join(checkpoint.names(run.checkpoints)) or 'none'}",
+        f"  product      {product or 'not written yet'}",
+    ]
+    if facts["kind"] == "train":
+        lines.insert(
+            1,
+            f"  method       Uni-DAD, K={settings['steps']}, a={settings['a']}, k={settings['fake_updates']}, source {settings['source']}",
+        )
+    return "\n".join(lines)
+
+
+def _pictures(path: Path) -> str:
+    files = list_pictures(path)
+    sizes, notes = [], []
+    for file in files[:1000]:
+        try:
+            image, more = open_picture(file)
+            sizes.append(image.size)
+            notes += more
+        except UserError as error:
+            notes.append(str(error))
+    shortest = min((min(size) for size in sizes), default=0)
+    text = f"{path}: a folder of {len(files)} pictures, shorter side {shortest} pixels or more"
+    return text + "".join(f"\n  note: {note}" for note in notes[:20])
+
+
+def doctor() -> tuple[str, bool]:
+    """A page about this machine, and whether nothing on it is known to be broken."""
+    lines = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
+    lines += [
+        f"{name:12} {_version(name) or 'missing'}"
+        for name in ("unidad", "torch", "diffusers", "accelerate", "safetensors", "pillow")
+    ]
+    trouble = _trouble()
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        lines.append(f"device       {torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    else:
+        lines.append(f"device       {'mps' if torch.backends.mps.is_available() else 'cpu'}, {torch.get_num_threads()} threads")
+    memory = _free_memory()
+    lines.append(f"memory       {'unknown' if memory is None else f'{memory / 1e9:.1f} GB free'}")
+    disk = shutil.disk_usage(Path.cwd()).free
+    lines.append(f"disk         {disk / 1e9:.1f} GB free here")
+    if disk < 1e9:
+        trouble.append("Under 1 GB of disk is free here: checkpoints may not fit. Give --out on another disk.")
+    if memory is not None and memory < 2e9:
+        trouble.append("Under 2 GB of memory is free: close other programs before training.")
+    lines.append(
+        f"bundled      models: {', '.join(bundled_names('models')) or 'none'}; targets: {', '.join(bundled_names('targets'))}"
+    )
+    lines += [f"trouble      {sentence}" for sentence in trouble] or ["No known trouble."]
+    return "\n".join(lines), not trouble
+
+
+def _trouble() -> list[str]:
+    found = []
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if release < LEAST_TORCH:
+        found.append(
+            f"torch {torch.__version__} is too old (files could run code): pip install 'torch>={LEAST_TORCH[0]}.{LEAST_TORCH[1]}'."
+        )
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            import torchvision  # noqa: F401
+        except Exception as error:  # a broken torchvision raises whatever its extension raises
+            found.append(f"torchvision is installed but broken ({error}); it breaks other imports: pip uninstall torchvision.")
+    elif importlib.util.find_spec("torch_fidelity") is not None:
+        found.append("torch-fidelity without torchvision breaks torchmetrics: pip uninstall torch-fidelity.")
+    for name in bundled_names("models"):
+        try:
+            load_model(BUNDLED + name)
+        except ModelError as error:
+            found.append(f"{error} Install unidad again.")
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _free_memory() -> int | None:
+    try:
+        with Path("/proc/meminfo").open() as handle:
+            return next(int(line.split()[1]) * 1024 for line in handle if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None

