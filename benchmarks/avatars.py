@@ -38,7 +38,18 @@ def heldout(domain: str, folder: Path, count: int = 2000) -> Path:
     if not out.is_dir() or sum(1 for _ in out.glob("*.png")) < count:
         if not (SCRIPTS / "node_modules").is_dir():
             subprocess.run(["npm", "ci"], cwd=SCRIPTS, check=True)
-        command = ["node", "draw.mjs", "--domain", domain, "--count", str(count), "--prefix", "heldout", "--out", str(out.resolve())]
+        command = [
+            "node",
+            "draw.mjs",
+            "--domain",
+            domain,
+            "--count",
+            str(count),
+            "--prefix",
+            "heldout",
+            "--out",
+            str(out.resolve()),
+        ]
         subprocess.run(command, cwd=SCRIPTS, check=True)
     return out
 
@@ -73,7 +84,14 @@ def score_target(target: str, args: argparse.Namespace) -> dict[str, object]:
         scores = evaluate(samples, reference, pictures, extractor, cache_dir=args.heldout / "features")
         rows[name] = {key: scores[key] for key in SCORES}
     ratio = rows["student"]["frechet_distance"] / rows["source"]["frechet_distance"]
-    return {"target": target, "minutes": minutes, "n": args.n, "frechet_ratio": ratio, **rows, "speed": speed(settings.source, str(out))}
+    return {
+        "target": target,
+        "minutes": minutes,
+        "n": args.n,
+        "frechet_ratio": ratio,
+        **rows,
+        "speed": speed(settings.source, str(out)),
+    }
 
 
 def table(results: list[dict]) -> str:
@@ -102,7 +120,13 @@ def main() -> int:
     args = parser.parse_args()
     results = [score_target(target, args) for target in args.targets]
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = {"preset": args.preset, "set": args.set, "torch": torch.__version__, "threads": torch.get_num_threads(), "results": results}
+    facts = {
+        "preset": args.preset,
+        "set": args.set,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "results": results,
+    }
     (args.out / f"{args.preset}.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.out / f"{args.preset}.md").write_text(table(results) + "\n")
     print(table(results))

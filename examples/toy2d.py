@@ -26,10 +26,10 @@ from unidad.methods.unidad import Objective, UniDAD
 from unidad.noise import NoiseSchedule, to_x0
 from unidad.rollout import ddim, rollout, seeded_noise
 
-MODES, RADIUS, STD = 8, 0.7, 0.04
+MODES, RADIUS, STD = 8, 0.7, 0.06
 SHIFT = torch.tensor([0.17, 0.10])
 SHOWN = (0, 2, 3, 5, 6)  # the modes that the ten points show, two points each
-STEPS = 3
+STEPS = 2
 
 
 class PointNet(Backbone):
@@ -42,13 +42,13 @@ class PointNet(Backbone):
         super().__init__()
         self.schedule = NoiseSchedule(DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
         self.width, self.encoder_layers = width, layers - 1
-        self.layers = nn.ModuleList(nn.Linear(2 + 8 + 16 if i == 0 else width, width) for i in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(2 + 12 + 16 if i == 0 else width, width) for i in range(layers))
         self.out = nn.Linear(width, 2)
 
     def _hidden(self, x_t: Tensor, t: Tensor, count: int) -> list[Tensor]:
         angle = t[:, None] / len(self.schedule) * math.pi * 2.0 ** torch.arange(-1, 7)
         x = x_t.flatten(1)
-        waves = [f(k * x) for k in (2.0, 4.0) for f in (torch.sin, torch.cos)]
+        waves = [f(k * x) for k in (3.0, 6.0, 12.0) for f in (torch.sin, torch.cos)]
         h, found = torch.cat([x, *waves, angle.sin(), angle.cos()], dim=1), []
         for layer in self.layers[:count]:
             h = nn.functional.silu(layer(h))
@@ -81,14 +81,15 @@ class PointNet(Backbone):
 
 @dataclass(frozen=True)
 class Length:
-    """How long everything is trained, in updates of the source model and in Uni-DAD cycles."""
+    """How long everything is trained: updates of the source model, target teacher updates before the first cycle, cycles."""
 
-    source: int = 3000
-    cycles: int = 600
+    source: int = 2000
+    warmup: int = 500
+    cycles: int = 500
     batch: int = 128
 
 
-SHORT = Length(source=2000, cycles=300)
+SHORT = Length(source=1500, cycles=250)
 
 
 def mode_centres() -> Tensor:
@@ -104,16 +105,18 @@ def target_points() -> Tensor:
     return points[:, :, None, None]
 
 
-def loop(method: Method, cycles: int, draw: callable, rate: float, decay: bool = False) -> None:
+def loop(method: Method, cycles: int, draw: callable, rate: float) -> None:
     """The loop of the library without its comforts: each phase, each repeat, one update of the networks that learn."""
-    optimizers = {n: torch.optim.AdamW(method.networks[n].parameters(), lr=rate, weight_decay=0.0, fused=True) for n in method.trained()}
+    optimizers = {
+        n: torch.optim.AdamW(method.networks[n].parameters(), lr=rate, weight_decay=0.0, fused=True) for n in method.trained()
+    }
     for cycle in range(cycles):
         for phase in method.cycle_phases(cycle):
             for _ in range(phase.repeats):
                 with only_training(method.networks, phase.trains):
                     phase.loss(draw() if phase.needs_data else torch.empty(0, 2, 1, 1))["total"].backward()
                 for name in phase.trains:
-                    optimizers[name].param_groups[0]["lr"] = rate * (1 - cycle / cycles if decay else 1)
+                    optimizers[name].param_groups[0]["lr"] = rate * (1 - cycle / cycles)
                     optimizers[name].step()
                     optimizers[name].zero_grad(set_to_none=True)
 
@@ -127,7 +130,7 @@ def train_source(length: Length) -> PointNet:
         centres = mode_centres()[torch.randint(MODES, (length.batch,), generator=generator)]
         return (centres + STD * torch.randn(centres.shape, generator=generator))[:, :, None, None]
 
-    loop(Finetune(net, generator, "v"), length.source, draw, 2e-3, decay=True)
+    loop(Finetune(net, generator, "v"), length.source, draw, 4e-3)
     return net.eval()
 
 
@@ -140,12 +143,13 @@ def train_student(source: PointNet, a: float, length: Length, **numbers: object)
         fake_teacher=copy.deepcopy(source),
         target_teacher=copy.deepcopy(source),
         heads=build_heads("multi", source.feature_channels(), 0),
-        objective=Objective(**({"a": a, "denoising": "v", "fake_updates": 3} | numbers)),
+        objective=Objective(**({"a": a, "denoising": "v", "fake_updates": 2} | numbers)),
         student_steps=source.schedule.student_steps(STEPS),
         batch_size=length.batch,
         generator=generator,
+        target_warmup=length.warmup,
     )
-    loop(method, length.cycles, lambda: points[torch.randint(10, (length.batch,), generator=generator)], 5e-4)
+    loop(method, length.cycles, lambda: points[torch.randint(10, (length.batch,), generator=generator)], 1e-3)
     return method.student.eval()
 
 
@@ -153,7 +157,10 @@ def finetune(source: PointNet, length: Length) -> PointNet:
     """The plain baseline: the source model, trained on the ten points as often as Uni-DAD's target teacher is."""
     net, generator, points = copy.deepcopy(source), torch.Generator().manual_seed(2), target_points()
     loop(
-        Finetune(net, generator, "v"), length.cycles, lambda: points[torch.randint(10, (length.batch,), generator=generator)], 5e-4
+        Finetune(net, generator, "v"),
+        length.warmup + length.cycles,
+        lambda: points[torch.randint(10, (length.batch,), generator=generator)],
+        1e-3,
     )
     return net.eval()
 

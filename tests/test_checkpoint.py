@@ -179,13 +179,24 @@ def test_crash_while_saving_leaves_the_previous(tmp_path):
         assert litter(copy) == []
 
 
-def test_crash_while_saving_again_under_the_same_name(tmp_path):
-    """As on resuming a finished run: the only checkpoint is written once more."""
-    s = snapshot(1)
-    checkpoint.save(tmp_path / "run", "00000001", s)
-    for copy in fail_at_every_point(tmp_path / "run", lambda f: checkpoint.save(f, "00000001", s), Killed(), Killed):
-        assert checkpoint.latest(copy) is not None
-        assert same(checkpoint.latest(copy)[1], s)
+def test_saving_again_under_the_same_name(tmp_path):
+    """As on resuming a finished run: a whole checkpoint is left as it is, a damaged one is replaced."""
+    checkpoint.save(tmp_path, "00000001", snapshot(1))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "00000001").iterdir()}
+    checkpoint.save(tmp_path, "00000001", snapshot(1))
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "00000001").iterdir()}
+    flip(tmp_path / "00000001" / "network.student.safetensors")
+    checkpoint.save(tmp_path, "00000001", snapshot(1))
+    assert same(checkpoint.load(tmp_path / "00000001"), snapshot(1))
+
+
+def test_pruning_removes_damaged_ones_after_the_newest(tmp_path):
+    """After falling back from a damaged checkpoint the run saves before it; the damaged one must not stop it."""
+    for name in ("1", "2", "3"):
+        checkpoint.save(tmp_path, name, snapshot(int(name)))
+    flip(tmp_path / "3" / "network.student.safetensors")
+    checkpoint.prune(tmp_path, 1, "2")
+    assert checkpoint.names(tmp_path) == ["2"]
 
 
 def test_full_disk_while_saving(tmp_path):
@@ -211,7 +222,7 @@ def test_crash_while_pruning_keeps_a_valid_one(tmp_path):
     for i in (1, 2, 3):
         checkpoint.save(tmp_path / "run", f"0000000{i}", snapshot(i))
     checkpoint.save(tmp_path / "run", "00000004", newest)
-    for copy in fail_at_every_point(tmp_path / "run", lambda f: checkpoint.prune(f, 1), Killed(), Killed):
+    for copy in fail_at_every_point(tmp_path / "run", lambda f: checkpoint.prune(f, 1, "00000004"), Killed(), Killed):
         name, found = checkpoint.latest(copy)
         assert name == "00000004"
         assert same(found, newest)
@@ -221,7 +232,7 @@ def test_crash_while_pruning_keeps_a_valid_one(tmp_path):
 def test_prune_keeps_the_newest(keep, left, tmp_path):
     for name in ("1", "2", "3"):
         checkpoint.save(tmp_path, name, snapshot(int(name)))
-    checkpoint.prune(tmp_path, keep)
+    checkpoint.prune(tmp_path, keep, "3")
     assert checkpoint.names(tmp_path) == left
     assert litter(tmp_path) == []
 
@@ -231,7 +242,7 @@ def test_prune_deletes_nothing_while_the_newest_is_damaged(tmp_path):
         checkpoint.save(tmp_path, name, snapshot(int(name)))
     flip(tmp_path / "2" / "network.student.safetensors")
     with pytest.raises(CheckpointError):
-        checkpoint.prune(tmp_path, 1)
+        checkpoint.prune(tmp_path, 1, "2")
     assert checkpoint.names(tmp_path) == ["1", "2"]
 
 
@@ -241,5 +252,5 @@ def test_litter_of_a_crash_goes_with_the_next_save(tmp_path):
     shutil.copytree(tmp_path / "1", tmp_path / ".0.partial")
     shutil.copytree(tmp_path / "1", tmp_path / ".0.old")
     checkpoint.save(tmp_path, "2", snapshot(2))
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path, 1, "2")
     assert litter(tmp_path) == []

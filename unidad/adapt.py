@@ -25,9 +25,9 @@ from unidad.heads import build_heads
 from unidad.log import Log
 from unidad.methods.unidad import Objective, UniDAD
 from unidad.report import write_report
-from unidad.run import Lock, RunFolder, open_run, surroundings
+from unidad.run import RunFolder, open_run, surroundings
 from unidad.sample import draw
-from unidad.train import Trainer, make_accelerator, pick_device
+from unidad.train import Trainer, make_accelerator, pick_device, pick_tracker
 
 GRID_SAMPLES = 48
 
@@ -75,9 +75,13 @@ def _refuse_other_shape(source: Model, other: Model) -> None:
         raise ModelError(
             f"'{other.name}' is of another architecture than '{source.name}' ({len(differs)} weights differ, such as {sorted(differs)[0]})."
         )
-    for key in ("beta_schedule", "num_train_timesteps", "prediction_type"):
-        if source.scheduler[key] != other.scheduler[key]:
-            raise ModelError(f"'{other.name}' has {key} {other.scheduler[key]}, but '{source.name}' has {source.scheduler[key]}.")
+    if source.scheduler["prediction_type"] != other.scheduler["prediction_type"]:
+        raise ModelError(
+            f"'{other.name}' predicts {other.scheduler['prediction_type']}, '{source.name}' {source.scheduler['prediction_type']}."
+        )
+    ours_bar, theirs_bar = source.backbone.schedule.alphas_cumprod, other.backbone.schedule.alphas_cumprod
+    if ours_bar.shape != theirs_bar.shape or not torch.allclose(ours_bar, theirs_bar):
+        raise ModelError(f"'{other.name}' has another noise schedule than '{source.name}'.")
 
 
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> UniDAD:
@@ -133,11 +137,12 @@ def train(
     settings = settings or TrainSettings()
     parts = gather(settings, target)
     device = pick_device(settings.device)
-    run = open_run(out, describe(settings, parts, target, device), resume)
+    pick_tracker(settings)
     say = console.print if console is not None else _silent
     for note in parts.pictures.notes:
         say(f"Note: {note}")
-    with Lock(run.path):
+    with open_run(out, describe(settings, parts, target, device), resume) as run:
+        torch.manual_seed(settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed)
         method = build_method(settings, parts, device, generator)
         accelerator = make_accelerator(settings, run)
@@ -149,8 +154,13 @@ def train(
         if found:
             trainer.restore(found[1])
             say(f"Going on from cycle {trainer.place.cycle} of {settings.cycles}.")
-        trainer.fit()
-        accelerator.end_training()
+        else:
+            log.rewind(0)
+        del found
+        try:
+            trainer.fit()
+        finally:
+            accelerator.end_training()
         finish(run, trainer.product, parts, settings, target)
     return run
 
@@ -178,6 +188,7 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
         "kind": "train",
         "settings": as_dict(settings),
         "hashes": hashes,
+        "device": device.type,
         "data": {
             "target": _public_name(target),
             "count": len(parts.pictures),

@@ -38,7 +38,9 @@ class Snapshot:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows neither needs nor allows syncing a folder
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -51,47 +53,55 @@ def _sha256(path: Path) -> str:
 
 
 def save(folder: Path, name: str, snapshot: Snapshot) -> Path:
-    """Write `folder/name`, whole or not at all.
+    """Write `folder/name`, whole or not at all. A whole one of that name is kept: one place of a run has one state.
 
     Raises:
         CheckpointError: if the disk refuses; what was there before is untouched and nothing is left behind.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final, staged = folder / name, folder / f".{name}.partial"
-    for litter in folder.glob(".*"):  # of a process that was killed; the run's lock keeps others out
-        shutil.rmtree(litter, ignore_errors=True)
     needed = sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())
     try:
-        staged.mkdir()
-        files = {}
-        for group, tensors in snapshot.tensors.items():
-            path = staged / f"{group}.safetensors"
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
-            files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-            _sync(path)
-        manifest = {"format": FORMAT, "files": files, "counters": snapshot.counters}
-        text = json.dumps(manifest, indent=1)
-        (staged / MANIFEST).write_text(
-            json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}, indent=1)
-        )
-        _sync(staged / MANIFEST)
-        _sync(staged)
-        if final.exists():  # only a damaged one, or one of an earlier try at the same place
-            old = folder / f".{name}.old"
-            final.rename(old)
-            staged.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staged.rename(final)
+        folder.mkdir(parents=True, exist_ok=True)
+        for litter in folder.glob(".*"):  # of a process that was killed; the run's lock keeps others out
+            shutil.rmtree(litter, ignore_errors=True)
+        if final.exists():
+            if _is_whole(final):
+                return final
+            shutil.rmtree(final)
+        _write(staged, snapshot)
+        staged.rename(final)
         _sync(folder)
     except Exception as error:  # safetensors raises its own type for a full disk
         shutil.rmtree(staged, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
+        free = f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there" if folder.exists() else ""
         raise CheckpointError(
-            f"The checkpoint '{final}' could not be written ({error}). It needs {needed / 1e6:.0f} MB; "
-            f"{free / 1e6:.0f} MB are free there. Earlier checkpoints are untouched."
+            f"The checkpoint '{final}' could not be written ({error}). It needs {needed / 1e6:.0f} MB{free}. "
+            "Earlier checkpoints are untouched."
         ) from error
     return final
+
+
+def _write(staged: Path, snapshot: Snapshot) -> None:
+    staged.mkdir()
+    files = {}
+    for group, tensors in snapshot.tensors.items():
+        path = staged / f"{group}.safetensors"
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+        files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        _sync(path)
+    manifest = {"format": FORMAT, "files": files, "counters": snapshot.counters}
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    (staged / MANIFEST).write_text(json.dumps({"sha256": digest, "manifest": manifest}, indent=1), encoding="utf-8")
+    _sync(staged / MANIFEST)
+    _sync(staged)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def load(path: Path) -> Snapshot:
@@ -101,7 +111,7 @@ def load(path: Path) -> Snapshot:
         CheckpointError: naming the first file that is missing or altered.
     """
     try:
-        wrapped = json.loads((path / MANIFEST).read_text())
+        wrapped = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         manifest = wrapped["manifest"]
         intact = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest() == wrapped["sha256"]
         expected = manifest["files"]
@@ -144,12 +154,21 @@ def latest(folder: Path) -> tuple[str, Snapshot] | None:
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; the newest is read back first, and nothing is deleted if it is damaged."""
+def prune(folder: Path, keep: int, newest: str) -> None:
+    """Delete old checkpoints, and later ones that are damaged, once `newest`, just saved, has been read back whole.
+
+    Args:
+        keep: how many to leave, `newest` among them.
+        newest: name of the checkpoint to count from.
+
+    Raises:
+        CheckpointError: if `newest` is damaged; then nothing is deleted.
+    """
+    load(folder / newest)
     have = names(folder)
-    if len(have) > keep:
-        load(folder / have[-1])
-        for name in have[:-keep]:
-            doomed = folder / f".{name}.old"
-            (folder / name).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    older = [name for name in have if name < newest]
+    doomed = older[: max(0, len(older) + 1 - keep)] + [name for name in have if name > newest]
+    for name in doomed:
+        aside = folder / f".{name}.old"
+        (folder / name).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -35,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"unidad: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        print(
+            f"unidad: reading or writing{where} failed: {error.strerror or error}. Free some space or give another folder.",
+            file=sys.stderr,
+        )
+        return 1
     except NonFiniteError as error:
         print(_non_finite_advice(error), file=sys.stderr)
         return 1
@@ -145,6 +152,10 @@ settings: see `unidad train --list-settings`""",
     _add_settings(parser)
 
 
+def _add_class_label(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--class-label", type=int, metavar="N", help="class to draw from a class-conditional model")
+
+
 def _add_sample(commands: Commands) -> None:
     parser = _command(
         commands,
@@ -161,6 +172,7 @@ def _add_sample(commands: Commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="picture i depends on seed + i alone (0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the PNG files and grid.png")
+    _add_class_label(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="changes speed and memory, never the pictures (32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
 
@@ -181,6 +193,7 @@ def _add_evaluate(commands: Commands) -> None:
     parser.add_argument("--n", type=int, default=1000, help="samples to draw (1000)")
     parser.add_argument("--steps", type=int, metavar="K", help="steps to draw with; as for `unidad sample`")
     parser.add_argument("--seed", type=int, default=0)
+    _add_class_label(parser)
     parser.add_argument("--json", metavar="FILE", help="write the scores there too")
     parser.add_argument("--panel", metavar="FILE.png", help="picture of the samples nearest to training pictures")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -236,12 +249,13 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     from unidad.config import TrainSettings, as_dict, build_settings, parse_overrides, read_config
     from unidad.presets import PRESETS
 
-    preset = args.preset or ("avatars" if args.source in (None, "bundled:avatars") else "")
+    chosen = read_config(args.config) if args.config else {}
+    overrides = _flags(args, ("source", "steps", "device", "seed")) | parse_overrides(args.set)
+    source = overrides.get("source", chosen.get("source", "bundled:avatars"))
+    preset = args.preset or ("avatars" if source == "bundled:avatars" else "")
     if preset and preset not in PRESETS:
         raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
-    layers = [PRESETS.get(preset, {}), read_config(args.config) if args.config else {}]
-    layers += [_flags(args, ("source", "steps", "device", "seed")), parse_overrides(args.set)]
-    settings = build_settings(TrainSettings, *layers)
+    settings = build_settings(TrainSettings, PRESETS.get(preset, {}), chosen, overrides)
     if args.list_settings:
         print("\n".join(f"{key}: {value}" for key, value in as_dict(settings).items()))
         return 0
@@ -275,7 +289,7 @@ def _pretrain(args: argparse.Namespace, console: Console) -> int:
 def _sample(args: argparse.Namespace, _console: Console) -> int:
     from unidad.commands import sample_to_folder
 
-    print(sample_to_folder(args.model, args.n, args.out, args.steps, args.seed, args.batch_size, args.device))
+    print(sample_to_folder(args.model, args.n, args.out, args.steps, args.seed, args.batch_size, args.device, args.class_label))
     return 0
 
 

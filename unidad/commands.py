@@ -13,7 +13,7 @@ from torch import Tensor
 from unidad import checkpoint
 from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
-from unidad.data import load_folder, picture_grid
+from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
 from unidad.errors import CheckpointError, DataError, SettingsError
 from unidad.export import save_source, save_student
 from unidad.run import RUN_FILE, RunFolder
@@ -21,6 +21,7 @@ from unidad.sample import draw
 from unidad.train import pick_device
 
 DEFAULT_DDIM_STEPS = 50
+GRID = "grid.png"
 
 
 def load_product(name: str | Path) -> Model:
@@ -46,10 +47,11 @@ def load_product(name: str | Path) -> Model:
     tensors = found[1].tensors
     averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
     model.backbone.load_state_dict(averaged or tensors["network.student"], strict=True)
-    return replace(model, name=str(name), student_steps=facts["student_steps"])
+    label = facts["settings"]["class_label"]
+    return replace(model, name=str(name), student_steps=facts["student_steps"], class_label=None if label < 0 else label)
 
 
-def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: int, device: str) -> Tensor:
+def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: int, device: str, label: int | None = None) -> Tensor:
     """N pictures, [n, 3, H, W] uint8: with `steps` student steps or DDIM steps, or as many as the model was made for.
 
     Raises:
@@ -60,17 +62,27 @@ def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: in
     if not 0 <= seed <= 2**31:
         raise SettingsError(f"--seed must lie between 0 and 2147483648, not {seed}.")
     backbone = model.backbone.to(pick_device(device))
+    label = model.class_label if label is None else label
+    if (backbone.num_classes is None) != (label is None) or not 0 <= (label or 0) < (backbone.num_classes or 1):
+        knows = "knows no classes" if backbone.num_classes is None else f"needs --class-label 0..{backbone.num_classes - 1}"
+        raise SettingsError(f"'{model.name}' {knows}.")
     if model.student_steps is None:
         if (steps or 0) > len(backbone.schedule):
             raise SettingsError(f"--steps must be at most {len(backbone.schedule)}.")
-        return draw(backbone, n, seed, ddim_steps=steps or DEFAULT_DDIM_STEPS, batch_size=batch_size)
+        return draw(backbone, n, seed, ddim_steps=steps or DEFAULT_DDIM_STEPS, batch_size=batch_size, label=label)
     grid = model.student_steps
     if steps is not None and steps != len(grid):
         try:
             grid = backbone.schedule.student_steps(steps)
         except ValueError as error:
             raise SettingsError(f"--steps: {error}.") from None
-    return draw(backbone, n, seed, steps=grid, batch_size=batch_size)
+    return draw(backbone, n, seed, steps=grid, batch_size=batch_size, label=label)
+
+
+def refuse_full_folder(folder: Path) -> None:
+    """Raise DataError unless `folder` is absent or an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"'{folder}' is not an empty folder. Give another --out; nothing there was touched.")
 
 
 def new_folder(out: str | Path) -> Path:
@@ -80,8 +92,7 @@ def new_folder(out: str | Path) -> Path:
         DataError: if it holds something already or cannot be made.
     """
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"'{folder}' is not an empty folder. Give another --out; nothing there was touched.")
+    refuse_full_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,7 +101,14 @@ def new_folder(out: str | Path) -> Path:
 
 
 def sample_to_folder(
-    name: str, n: int, out: str | Path, steps: int | None = None, seed: int = 0, batch_size: int = 32, device: str = "auto"
+    name: str,
+    n: int,
+    out: str | Path,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str = "auto",
+    label: int | None = None,
 ) -> Path:
     """Draw n pictures into a folder, named by their seed, with a grid.png; returns the grid's path.
 
@@ -98,11 +116,12 @@ def sample_to_folder(
         UserError: as `load_product`, `draw_from` and `new_folder` do.
     """
     model = load_product(name)
+    refuse_full_folder(Path(out))
+    pixels = draw_from(model, n, steps, seed, batch_size, device, label)
     folder = new_folder(out)
-    pixels = draw_from(model, n, steps, seed, batch_size, device)
     for i, picture in enumerate(pixels):
         Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{seed + i:06d}.png")
-    grid = folder / "grid.png"
+    grid = folder / GRID
     picture_grid(pixels[:256], columns=min(16, max(4, round(n**0.5))), scale=max(1, 64 // pixels.shape[-1])).save(grid)
     return grid
 
@@ -117,6 +136,10 @@ def evaluate_command(args: argparse.Namespace) -> str:
     from unidad.metrics.features import load_extractor
 
     extractor = load_extractor(args.extractor)
+    if args.panel and not args.train:
+        raise SettingsError("--panel needs --train FOLDER.")
+    if args.n < 2:
+        raise SettingsError("--n must be at least 2.")
     samples, facts = _samples(args)
     size = samples.shape[-1]
     reference = load_folder(bundled_path(args.reference, "targets"), size).pixels
@@ -125,8 +148,7 @@ def evaluate_command(args: argparse.Namespace) -> str:
     if args.json:
         Path(args.json).write_text(json.dumps({k: v for k, v in scores.items() if k != "nearest"}, indent=1) + "\n")
     if args.panel:
-        if train is None:
-            raise SettingsError("--panel needs --train FOLDER.")
+        assert train is not None
         nearest_panel(samples, train, scores["nearest"]).save(args.panel)
     return table(scores)
 
@@ -135,12 +157,13 @@ def _samples(args: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:
     path = Path(args.samples)
     is_model = args.samples.startswith("bundled:") or (path / RUN_FILE).exists() or (path / "model_index.json").exists()
     if not is_model:
-        with Image.open(sorted(path.glob("*.png"))[0]) if any(path.glob("*.png")) else Image.new("RGB", (32, 32)) as first:
-            size = min(first.size)
-        found = load_folder(path, size, args.n)
-        return found.pixels, {"drawn_with": None}
+        files = [file for file in list_pictures(path) if file.name != GRID]
+        if not files:
+            raise DataError(f"'{path}' holds no pictures but a grid.")
+        size = min(open_picture(files[0])[0].size)
+        return load_files(files[: args.n], size, path).pixels, {"drawn_with": None}
     model = load_product(args.samples)
-    pixels = draw_from(model, args.n, args.steps, args.seed, 50, args.device)
+    pixels = draw_from(model, args.n, args.steps, args.seed, 50, args.device, args.class_label)
     nfe = args.steps or (len(model.student_steps) if model.student_steps else DEFAULT_DDIM_STEPS)
     return pixels, {"drawn_with": {"nfe": nfe, "seed": args.seed}}
 
@@ -152,10 +175,10 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
         UserError: no run or model there, or `out` is not empty.
     """
     model = load_product(name)
-    new_folder(out).rmdir()
+    refuse_full_folder(out)
     assert isinstance(model.backbone, UNet2DBackbone)
     run = RunFolder(Path(name))
-    facts = {"about": "Exported with unidad."}
+    facts: dict[str, object] = {"about": "Exported with unidad."}
     if (run.path / RUN_FILE).exists():
         data = run.read().get("data", {})
         source = Path(str(run.read()["settings"].get("source", ""))).name

@@ -42,7 +42,7 @@ class LoopSettings:
     log_every: int = 10  # cycles
     sample_every: int = 100  # cycles between sample grids; 0: only at the end
     save_every: int = 200  # cycles between checkpoints; 0: only at the end
-    keep: int = 1  # checkpoints kept
+    keep: int = 2  # checkpoints kept
     tracker: str = "auto"  # auto (tensorboard when installed) | none | tensorboard | wandb
 
 
@@ -178,6 +178,8 @@ def _convert(key: str, value: Any, default: Any) -> Any:
             items = value.replace(" ", "").split(",") if isinstance(value, str) else value
             return tuple(int(item) for item in items)
         elif isinstance(default, str):
+            if isinstance(value, bool):  # YAML reads a bare off as false
+                return "on" if value else "off"
             return str(value)
         elif not isinstance(value, bool):
             number = float(value)
@@ -202,6 +204,12 @@ def _check(key: str, value: Any) -> None:
 
 
 def _check_together(settings: LoopSettings) -> None:
+    if isinstance(settings, PretrainSettings):
+        side = 2 ** (len(settings.widths) - 1)
+        if len(settings.widths) < 2 or any(w < 8 or w % 8 for w in settings.widths):
+            raise SettingsError(f"'widths' must be two or more multiples of 8, not {list(settings.widths)}.")
+        if settings.size % side:
+            raise SettingsError(f"'size' must be a multiple of {side} for {len(settings.widths)} widths, not {settings.size}.")
     if not isinstance(settings, TrainSettings):
         return
     if settings.dmd_weight == 0 and settings.gan_weight == 0:

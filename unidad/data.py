@@ -6,6 +6,7 @@ Pictures are data from strangers: formats come from an allow-list, sizes are che
 from __future__ import annotations
 
 import hashlib
+import struct
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -69,23 +70,21 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
     """
     notes: list[str] = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise DataError(
-                        f"'{path}' is {image.width}x{image.height}: over {MAX_PIXELS // 10**6} million pixels. Make it smaller first."
-                    )
-                if getattr(image, "n_frames", 1) > 1:
-                    notes.append(f"'{path.name}' is animated: only its first frame is used.")
-                    image.seek(0)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image)), notes
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"'{path}' is {image.width}x{image.height}: over {MAX_PIXELS // 10**6} million pixels. Make it smaller first."
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                notes.append(f"'{path.name}' is animated: only its first frame is used.")
+                image.seek(0)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image)), notes
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"'{path}' claims more than {MAX_PIXELS // 10**6} million pixels. Make it smaller first.") from None
     except UnidentifiedImageError:
         raise DataError(f"'{path}' is not a picture ({', '.join(FORMATS)}). Remove it or save it anew.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error) as error:
         raise DataError(f"'{path}' cannot be read: {error}. Remove it or save it anew.") from None
 
 
@@ -122,8 +121,13 @@ def load_folder(folder: str | Path, size: int, limit: int | None = None) -> Pict
     Raises:
         DataError: folder missing or empty, a file unreadable, or a picture smaller than `size`; names the files.
     """
-    files = list_pictures(folder)[:limit]
-    with ThreadPoolExecutor(4) as pool:
+    return load_files(list_pictures(folder)[:limit], size, folder)
+
+
+def load_files(files: list[Path], size: int, folder: str | Path) -> PictureSet:
+    """`load_folder` for chosen files of a folder, at least one."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         squares = list(pool.map(lambda p: _square(p, size), files))
     small = [f"{p.name} ({w}x{h})" for p, (a, _, (w, h)) in zip(files, squares, strict=True) if a is None]
     if small:

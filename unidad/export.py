@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, LCMScheduler, UNet2DModel
+from safetensors import SafetensorError
 from torch import nn
 
 from unidad.backbones.load import STUDENT_FILE
@@ -57,20 +58,19 @@ def save_student(
         half: store float16 weights.
     """
     unet = _plain_unet(backbone)
-    conditional = backbone.num_classes is not None
     sampler = lcm_scheduler(scheduler, steps)
     on_lcm_grid = steps == backbone.schedule.student_steps(len(steps), "lcm")
-    stock = on_lcm_grid and not conditional
+    stock = on_lcm_grid and backbone.num_classes is None
     pipeline = DDPMPipeline(unet, sampler) if stock else ConsistencyModelPipeline(unet, sampler)
     notes = facts | {"student_steps": steps}
-    _write(pipeline, out, notes, _student_card(steps, facts, stock, conditional), half)
+    _write(pipeline, out, notes, _student_card(steps, facts, stock), half)
 
 
 def save_source(backbone: UNet2DBackbone, scheduler: dict[str, Any], out: Path, facts: dict[str, Any], half: bool = False) -> None:
     """Write a many-step model as a DDPMPipeline folder with a DDIM scheduler; replaces `out` in one step."""
     config = {k: v for k, v in scheduler.items() if v is not None}
     sampler = DDIMScheduler.from_config(config, clip_sample=True, timestep_spacing="trailing")
-    unet = copy.deepcopy(backbone.unet).cpu().eval().requires_grad_(False)
+    unet = _plain_unet(backbone)
     _write(DDPMPipeline(unet, sampler), out, facts, _source_card(facts), half)
 
 
@@ -83,19 +83,22 @@ def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: boo
         shutil.rmtree(staged, ignore_errors=True)
         pipeline.save_pretrained(staged, safe_serialization=True)
         (staged / STUDENT_FILE).write_text(json.dumps(notes, indent=1) + "\n")
-        (staged / "README.md").write_text(card)
+        (staged / "README.md").write_text(card, encoding="utf-8")
         config = staged / "unet" / "config.json"
         settings = json.loads(config.read_text())
         settings.pop("_name_or_path", None)  # a path of the machine that trained it
         config.write_text(json.dumps(settings, indent=2) + "\n")
+        for weights in staged.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes files that only their owner may read
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         staged.rename(out)
-    except OSError as error:
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise CheckpointError(
-            f"'{out}' cannot be written: {error.strerror or error}. Give another folder or free some space."
-        ) from None
+        raise CheckpointError(f"'{out}' cannot be written: {error}. Give another folder or free some space.") from None
 
 
 _HEADER = """---
@@ -121,9 +124,9 @@ pipe(batch_size=4, num_inference_steps=50).images
     )
 
 
-def _student_card(steps: list[int], facts: dict[str, Any], stock: bool, conditional: bool) -> str:
+def _student_card(steps: list[int], facts: dict[str, Any], stock: bool) -> str:
     k = len(steps)
-    label = ", class_labels=torch.zeros(4, dtype=torch.long)" if conditional else ""
+    label = f", class_labels=torch.full((4,), {facts['class_label']})" if "class_label" in facts else ""
     if stock:
         pipeline, call = "DDPMPipeline", f"pipe(batch_size=4, num_inference_steps={k}).images"
     else:

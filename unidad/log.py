@@ -35,6 +35,7 @@ class Log:
         self._task: TaskID | None = None
         self._printed = 0.0
         self._total = 0
+        self._limit = 0.0
 
     def add(self, phase: str, losses: dict[str, Tensor]) -> None:
         """Remember terms of one micro-batch; no synchronisation."""
@@ -67,6 +68,7 @@ class Log:
         if self.console is not None and not self.console.is_terminal and seconds - self._printed >= 15:
             self._printed = seconds
             left = seconds / max(1, cycle) * (self._total - cycle) / 60
+            left = min(left, max(0.0, self._limit - seconds / 60)) if self._limit else left
             self.console.print(f"cycle {cycle} of {self._total}, about {left:.0f} min left  {text}", highlight=False)
 
     def picture(self, cycle: int, pixels: Tensor) -> None:
@@ -87,7 +89,7 @@ class Log:
         if not self.run.log.exists():
             return
         kept = []
-        for line in self.run.log.read_text().splitlines():
+        for line in self.run.log.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["cycle"] <= cycle:
                     kept.append(line + "\n")
@@ -98,9 +100,9 @@ class Log:
         part.replace(self.run.log)
 
     @contextmanager
-    def progress(self, done: int, total: int) -> Iterator[None]:
+    def progress(self, done: int, total: int, minutes: float = 0.0) -> Iterator[None]:
         """Draw the bar while the block runs, where there is a terminal."""
-        self._total = total
+        self._total, self._limit = total, minutes
         if self.console is None or not self.console.is_terminal:
             yield
             return

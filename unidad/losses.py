@@ -103,15 +103,16 @@ def gan_discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str =
     raise ValueError(f"the GAN loss must be one of {', '.join(GAN_LOSSES)}, not {kind!r}")
 
 
-def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
+def gradient_penalty(logits: Tensor, inputs: Tensor, aggregation: str = "per_head") -> Tensor:
     """WGAN-GP: mean (||d logit / d input||_2 - 1)^2 over samples and heads (arXiv 1704.00028, eq. 3).
 
     Args:
         logits: [B, heads], computed from `inputs` with a graph.
         inputs: [B, C, H, W] with requires_grad.
+        aggregation: as for the loss it is added to.
     """
     penalties = []
-    for head in logits.unbind(dim=1):
+    for head in _aggregate(logits, aggregation).unbind(dim=1):
         (gradient,) = torch.autograd.grad(head.sum(), inputs, create_graph=True)
         penalties.append((gradient.flatten(1).norm(dim=1) - 1.0) ** 2)
     return torch.stack(penalties).mean()

@@ -130,12 +130,15 @@ class NoiseSchedule:
     # -- laws of t for the losses, METHOD §4-§6 -----------------------------------------------------------------------
 
     def uniform(self, n: int, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """T ~ U{low*T .. high*T - 1}, [n] int64 on the generator's device. METHOD §4 uses 0.02..0.98, §5-§6 0..1."""
-        lo, hi = int(low * len(self)), max(int(high * len(self)), int(low * len(self)) + 1)
-        return torch.randint(lo, hi, (n,), generator=generator, device=generator.device)
+        """t ~ U{low*T .. min(high*T, T - 1)}, both ends included, [n] int64 on the generator's device.
+
+        METHOD §4 uses 0.02..0.98 of T, §5 and §6 all of 0..T-1.
+        """
+        lo, hi = int(low * len(self)), min(int(high * len(self)), len(self) - 1)
+        return torch.randint(lo, hi + 1, (n,), generator=generator, device=generator.device)
 
     def karras(self, n: int, generator: torch.Generator, points: int = 1000) -> Tensor:
-        """T uniform over a Karras grid, rho 7, s in 0.002..80, snapped: the public FSIG code's law (METHOD §4). [n] int64."""
+        """t uniform over a Karras grid, rho 7, s in 0.002..80, snapped: the public FSIG code's law (METHOD §4). [n] int64."""
         ramp = torch.linspace(0, 1, points, dtype=torch.float64)
         s = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         grid = self.nearest_timestep(s).to(generator.device)

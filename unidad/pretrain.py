@@ -19,9 +19,9 @@ from unidad.export import save_source
 from unidad.log import Log
 from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
-from unidad.run import Lock, RunFolder, open_run, surroundings
+from unidad.run import RunFolder, open_run, surroundings
 from unidad.sample import draw
-from unidad.train import Trainer, make_accelerator, pick_device, use_bf16
+from unidad.train import Trainer, make_accelerator, pick_device, pick_tracker, use_bf16
 
 
 def pretrain(
@@ -37,9 +37,6 @@ def pretrain(
         UserError: as `load_folder`, `open_run` and `checkpoint.latest` do.
         Stopped: after SIGINT or SIGTERM, saved.
     """
-    levels = len(settings.widths)
-    if settings.size % 2 ** (levels - 1) or any(w % 8 for w in settings.widths):
-        raise SettingsError(f"'widths' must be multiples of 8, and 'size' a multiple of {2 ** (levels - 1)} for {levels} of them.")
     device = pick_device(settings.device)
     if settings.compile and device.type == "cpu" and use_bf16(settings.precision, device):
         # Seen with torch 2.13: gradients of everything below the first upsampler come out as exactly zero.
@@ -49,11 +46,13 @@ def pretrain(
         "kind": "pretrain",
         "settings": as_dict(settings),
         "hashes": {"pictures": pictures.digest},
+        "device": device.type,
         "data": {"count": len(pictures), "folder": Path(data).name},
         "surroundings": surroundings(str(device)),
     }
-    run = open_run(out, facts, resume)
-    with Lock(run.path):
+    pick_tracker(settings)
+    with open_run(out, facts, resume) as run:
+        torch.manual_seed(settings.seed)
         scheduler = scheduler_settings(settings)
         schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
         unet = random_unet((3, settings.size, settings.size), settings.widths, settings.seed)
@@ -69,8 +68,12 @@ def pretrain(
         found = checkpoint.latest(run.checkpoints) if resume else None
         if found:
             trainer.restore(found[1])
-        trainer.fit()
-        accelerator.end_training()
+        else:
+            log.rewind(0)
+        try:
+            trainer.fit()
+        finally:
+            accelerator.end_training()
         about = f"Trained from scratch with `unidad pretrain` on {len(pictures)} pictures, {trainer.place.cycle} updates."
         product = trainer.product
         assert isinstance(product, UNet2DBackbone)

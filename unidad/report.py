@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _inline(image: Image.Image) -> str:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of log.jsonl that are whole."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -136,6 +137,18 @@ def _table(facts: dict[str, Any]) -> str:
     return f"<table>{cells}</table>"
 
 
+def peak_memory() -> str:
+    """The most memory this process has held, as text; "unknown" where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
 def _over_time(run: RunFolder) -> str:
     grids = sorted(run.samples.glob("*.png")) if run.samples.is_dir() else []
     if len(grids) > 6:
@@ -162,6 +175,7 @@ def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict
         timing["training time"] = f"{rows[-1]['seconds'] / 60:.1f} minutes"
         timing["seconds a cycle"] = round(rows[-1]["seconds"] / max(1, rows[-1]["cycle"]), 3)
     contact = picture_grid(pictures.pixels[:100], 10, max(1, 64 // pictures.size))
+    timing["peak memory"] = peak_memory()
     surroundings = facts["surroundings"]
     machine = {"device": surroundings["device"], "commit": surroundings["commit"]} | surroundings["versions"]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>unidad: {html.escape(data["target"])}</title>

@@ -7,20 +7,22 @@ import os
 import platform
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from unidad.errors import CheckpointError
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 # Settings that may change between a run and its continuation without making it another run.
-FREE_ON_RESUME = frozenset(
-    {"device", "precision", "compile", "cycles", "max_minutes", "log_every", "sample_every", "save_every", "keep", "tracker"}
-)
+OWN_FILES = frozenset({LOCK_FILE, f"{RUN_FILE}.part"})
+FREE_ON_RESUME = frozenset({"device", "cycles", "max_minutes", "log_every", "sample_every", "save_every", "keep", "tracker"})
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class RunFolder:
             CheckpointError: if this is no run folder.
         """
         try:
-            facts = json.loads((self.path / RUN_FILE).read_text())
+            facts = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise CheckpointError(f"'{self.path}' is not a run folder: it has no readable {RUN_FILE}.") from None
         if not isinstance(facts, dict) or "settings" not in facts:
@@ -66,36 +68,52 @@ class RunFolder:
     def write(self, facts: dict[str, Any]) -> None:
         """Write run.json in one step."""
         part = self.path / f"{RUN_FILE}.part"
-        part.write_text(json.dumps(facts, indent=1))
+        part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         part.replace(self.path / RUN_FILE)
 
 
-def open_run(path: str | Path, facts: dict[str, Any], resume: bool) -> RunFolder:
-    """Make a new run folder, or check that an old one is the same run.
+def check_folder(path: str | Path, facts: dict[str, Any], resume: bool) -> None:
+    """Refuse a folder that must not be written to; touches nothing.
 
     Args:
-        facts: "kind", "settings" and "hashes" decide whether it is the same run.
+        facts: "kind", "settings", "hashes" and "device" decide whether it is the same run.
+        resume: whether the caller wants to go on with a run that is there.
 
     Raises:
-        CheckpointError: the folder holds another run or other files, or resume asks for what is not there.
+        CheckpointError: the folder holds another run, or a run and `resume` is off, or other files.
     """
     run = RunFolder(Path(path))
     if run.path.exists() and not run.path.is_dir():
         raise CheckpointError(f"'{run.path}' is a file. Give another --out.")
-    started = (run.path / RUN_FILE).exists()
-    if resume and started:
+    if (run.path / RUN_FILE).exists():
+        if not resume:
+            raise CheckpointError(f"'{run.path}' already holds a run. Continue it with --resume, or give another --out.")
         _refuse_difference(run, facts)
-        return run
-    if started:
-        raise CheckpointError(f"'{run.path}' already holds a run. Continue it with --resume, or give another --out.")
-    if run.path.exists() and any(p.name != LOCK_FILE for p in run.path.iterdir()):
+    elif run.path.exists() and any(p.name not in OWN_FILES for p in run.path.iterdir()):
         raise CheckpointError(f"'{run.path}' is not empty. Give another --out; nothing there was touched.")
+
+
+@contextmanager
+def open_run(path: str | Path, facts: dict[str, Any], resume: bool) -> Iterator[RunFolder]:
+    """Hold a run folder for this process and write run.json in it; new, or with `resume` one that is the same run.
+
+    Raises:
+        CheckpointError: as `check_folder`, or another process holds it, or it cannot be written.
+    """
+    run = RunFolder(Path(path))
+    _refuse_holder(run.path)
+    check_folder(path, facts, resume)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        run.write(facts)
+        lock = Lock(run.path)
+        with lock:
+            check_folder(path, facts, resume)
+            run.write(facts)
+            yield run
     except OSError as error:
-        raise CheckpointError(f"'{run.path}' cannot be written: {error.strerror}. Give another --out.") from None
-    return run
+        raise CheckpointError(
+            f"'{run.path}' cannot be written: {error.strerror or error}. Free some space or give another --out."
+        ) from error
 
 
 def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
@@ -103,10 +121,13 @@ def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
     if before.get("kind") != facts["kind"]:
         raise CheckpointError(f"'{run.path}' holds a {before.get('kind')} run, not a {facts['kind']} run. Give another --out.")
     lines = []
+    free = FREE_ON_RESUME - ({"cycles"} if facts["settings"].get("lr_decay") == "cosine" else set())
+    if before.get("device") != facts.get("device"):
+        lines.append(f"device: was {before.get('device')}, now {facts.get('device')} (random states cannot move between them)")
     for part in ("settings", "hashes"):
         old, new = before.get(part, {}), facts[part]
         for key in sorted(old.keys() | new.keys()):
-            if key not in FREE_ON_RESUME and old.get(key) != new.get(key):
+            if key not in free and old.get(key) != new.get(key):
                 lines.append(f"{key}: was {_short(old.get(key))}, now {_short(new.get(key))}")
     if lines:
         raise CheckpointError(f"'{run.path}' was another run: {'; '.join(lines)}. Use the same settings, or another --out.")
@@ -118,53 +139,62 @@ def _short(value: Any) -> str:
 
 
 class Lock:
-    """Holds a run folder for this process; a lock whose process is gone is taken over.
+    """Holds a folder for as long as this process lives: a lock of the operating system's, which dies with its owner.
 
     Raises (on entering):
         CheckpointError: naming the process and machine that hold it.
     """
 
     def __init__(self, folder: Path):
-        self._file = folder / LOCK_FILE
+        self._path = folder / LOCK_FILE
+        self._handle: IO[str] | None = None
 
     def __enter__(self) -> Lock:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        for _ in range(2):
-            try:
-                with self._file.open("x") as handle:
-                    handle.write(me)
-                return self
-            except FileExistsError:
-                owner = self._owner()
-                if owner and not _is_gone(owner):
-                    raise CheckpointError(
-                        f"'{self._file.parent}' is in use by process {owner['pid']} on {owner['host']}. Wait for it, or give another --out."
-                    ) from None
-                self._file.unlink(missing_ok=True)
-        raise CheckpointError(f"'{self._file.parent}' is being opened by another process. Try again, or give another --out.")
+        self._handle = self._path.open("a+", encoding="utf-8")
+        if not _try_lock(self._handle):
+            self._handle.close()
+            _refuse_holder(self._path.parent, certain=True)
+        self._handle.truncate(0)
+        self._handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        self._handle.flush()
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.unlink(missing_ok=True)
-
-    def _owner(self) -> dict[str, Any] | None:
-        try:
-            owner = json.loads(self._file.read_text())
-            return owner if {"pid", "host"} <= owner.keys() else None
-        except (OSError, ValueError, AttributeError):
-            return None
+        if self._handle is not None:
+            self._handle.truncate(0)
+            self._handle.close()
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
-    if owner["host"] != socket.gethostname():
-        return False
+def _try_lock(handle: IO[str]) -> bool:
     try:
-        os.kill(int(owner["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            handle.seek(2**20)  # a byte nobody reads: on Windows a locked byte cannot be read by others
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-    return False
+    return True
+
+
+def _refuse_holder(folder: Path, certain: bool = False) -> None:
+    """Raise CheckpointError naming who holds this folder now, if anybody does."""
+    path = folder / LOCK_FILE
+    if not path.exists():
+        return
+    with path.open("a+", encoding="utf-8") as handle:
+        if not certain and _try_lock(handle):
+            return
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        name = f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        name = "another process"
+    raise CheckpointError(f"'{folder}' is in use by {name}. Wait for it, or give another --out.")
 
 
 def surroundings(device: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Trainer:
         s = self.settings
         started = time.monotonic() - self.place.seconds
         session = time.monotonic()
-        with self._signals(), self.log.progress(self.place.cycle, s.cycles):
+        with self._signals(), self.log.progress(self.place.cycle, s.cycles, s.max_minutes):
             if self.place.cycle == 0:
                 self._sample()
             while self.place.cycle < s.cycles:
@@ -125,6 +125,7 @@ class Trainer:
                 self._after_cycle()
                 if s.max_minutes and time.monotonic() - session > 60 * s.max_minutes:
                     break
+            self._stop_if_asked()
             if self.log.pending:
                 self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates))
             self.save()
@@ -136,15 +137,18 @@ class Trainer:
         while self.place.phase < len(phases):
             phase = phases[self.place.phase]
             while self.place.repeat < phase.repeats:
-                if self._stop is not None:
-                    self.save()
-                    raise Stopped(self._stop)
+                self._stop_if_asked()
                 self.update(phase)
                 self.place.repeat += 1
             self.place.phase, self.place.repeat = self.place.phase + 1, 0
         self.place.cycle, self.place.phase = self.place.cycle + 1, 0
         if self.ema is not None:
             self.ema.update_parameters(self.method.networks[self.method.product])
+
+    def _stop_if_asked(self) -> None:
+        if self._stop is not None:
+            self.save()
+            raise Stopped(self._stop)
 
     def update(self, phase: Phase) -> None:
         """One update of the networks that `phase` trains, from `accumulation` micro-batches.
@@ -153,7 +157,7 @@ class Trainer:
             NonFiniteError: naming the loss or network; nothing was changed.
         """
         n = self.settings.accumulation
-        with only_training(self.method.networks, phase.trains):
+        with only_training(self.method.networks, phase.trains), self._no_leftovers(phase):
             for _ in range(n):
                 pictures = self.stream.next(self.settings.batch_size if phase.needs_data else 0)
                 with self._autocast:
@@ -173,7 +177,6 @@ class Trainer:
             parameters = self.method.networks[name].parameters()
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
             if not torch.isfinite(norms[name]):
-                self._drop_gradients(phase)
                 raise NonFiniteError(
                     f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()} in cycle {self.place.cycle}"
                 )
@@ -182,13 +185,17 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(name)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             self.place.updates[name] += 1
         self.log.add(phase.name, {f"norm_{name}": norm for name, norm in norms.items()})
 
-    def _drop_gradients(self, phase: Phase) -> None:
-        for name in phase.trains:
-            self.optimizers[name].zero_grad(set_to_none=True)
+    @contextmanager
+    def _no_leftovers(self, phase: Phase) -> Iterator[None]:
+        """However the block ends, no gradient is left behind."""
+        try:
+            yield
+        finally:
+            for name in phase.trains:
+                self.optimizers[name].zero_grad(set_to_none=True)
 
     def _rate(self, name: str) -> float:
         s = self.settings
@@ -222,7 +229,7 @@ class Trainer:
             tensors[f"optimizer.{name}"] = _optimizer_tensors(self.optimizers[name])
         if self.ema is not None:
             tensors["ema"] = dict(self.ema.state_dict())
-        tensors["random"] = {"generator": self.generator.get_state()}
+        tensors["random"] = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
         tensors["carried"] = {str(i): t for i, t in enumerate(self.method.carried())}
         counters: dict[str, Any] = {"place": vars(self.place), "drawn": self.stream.drawn}
         return checkpoint.Snapshot(tensors, counters)
@@ -231,9 +238,9 @@ class Trainer:
         """Write a checkpoint, then delete old ones; returns its path. Where this place is saved already, nothing is written."""
         name = _checkpoint_name(self.place)
         if name != self._saved:
-            checkpoint.save(self.run.checkpoints, name, self.snapshot())
-            checkpoint.prune(self.run.checkpoints, self.settings.keep)
             self.log.flush_files()
+            checkpoint.save(self.run.checkpoints, name, self.snapshot())
+            checkpoint.prune(self.run.checkpoints, self.settings.keep, name)
             self._saved = name
         return self.run.checkpoints / name
 
@@ -250,6 +257,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.load_state_dict(snapshot.tensors["ema"], strict=True)
             self.generator.set_state(snapshot.tensors["random"]["generator"])
+            torch.set_rng_state(snapshot.tensors["random"]["torch"])  # dropout, where a network has it, draws from this one
             device = self.stream.pixels.device
             carried = snapshot.tensors["carried"]
             self.method.restore([carried[str(i)].to(device) for i in range(len(carried))])
@@ -285,15 +293,42 @@ class Trainer:
 
 
 def _checkpoint_name(place: Place) -> str:
-    within = f"-{place.phase}-{place.repeat:04d}" if place.phase or place.repeat else ""
+    within = f"-{place.phase}-{place.repeat:010d}" if place.phase or place.repeat else ""
     return f"{place.cycle:08d}{within}"
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run under bf16 autocast: "auto" says yes on a GPU that has bf16 and no elsewhere."""
+    """Whether to run under bf16 autocast: "auto" says yes where the chip computes in bf16, on a GPU or a CPU, and no elsewhere."""
+    if precision == "auto" and device.type == "cpu":
+        return _cpu_has_bf16()
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
+
+
+def _cpu_has_bf16() -> bool:
+    # Where there are no such instructions bf16 is emulated, two to three times slower than float32.
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pick_tracker(settings: LoopSettings) -> str:
+    """Name of the tracker to use, or "none".
+
+    Raises:
+        SettingsError: if one is asked for that is not installed.
+    """
+    available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    if settings.tracker == "auto":
+        return "tensorboard" if available["tensorboard"] else "none"
+    if not available.get(settings.tracker, True):
+        raise SettingsError(
+            f"'tracker' is {settings.tracker}, which is not installed. Run: pip install {settings.tracker}, or set tracker=none."
+        )
+    return settings.tracker
 
 
 def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
@@ -302,12 +337,7 @@ def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
     Raises:
         SettingsError: if a tracker is asked for that is not installed, or several processes were launched.
     """
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-    wanted = settings.tracker
-    if wanted == "auto":
-        wanted = "tensorboard" if is_tensorboard_available() else "none"
-    if wanted != "none" and not available[wanted]():
-        raise SettingsError(f"'tracker' is {wanted}, which is not installed. Run: pip install {wanted}, or set tracker=none.")
+    wanted = pick_tracker(settings)
     accelerator = Accelerator(
         cpu=pick_device(settings.device).type == "cpu",
         log_with=None if wanted == "none" else wanted,
@@ -316,12 +346,21 @@ def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
     if accelerator.num_processes > 1:
         raise SettingsError("Several processes were launched, but this version trains on one. Start `unidad` by itself.")
     if wanted != "none":
-        accelerator.init_trackers("tracker")
+        accelerator.init_trackers("unidad")
     return accelerator
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" -> cuda, mps or cpu, whichever is there first."""
+    """The device named, or for "auto" cuda, mps or cpu, whichever is there first.
+
+    Raises:
+        SettingsError: if the one asked for is not there.
+    """
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(name):
+        raise SettingsError(
+            f"There is no {name} device here, or this torch was built without it. Use --device auto, or see `unidad doctor`."
+        )
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():

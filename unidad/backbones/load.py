@@ -21,6 +21,15 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = "bundled:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STUDENT_FILE = "unidad.json"
+HUB_FILES = [
+    "model_index.json",
+    "config.json",
+    "scheduler_config.json",
+    WEIGHTS,
+    "scheduler/*.json",
+    "unet/*.json",
+    f"unet/{WEIGHTS}",
+]
 # The settings that say what a noise schedule is; a scheduler's other settings say how to sample with it.
 SCHEDULE_KEYS = (
     "num_train_timesteps",
@@ -43,6 +52,7 @@ class Model:
         name: as the user gave it.
         digest: sha256 of the weights file.
         student_steps: the timesteps it was distilled for, or None for a many-step model.
+        class_label: the class a class-conditional student was adapted under.
     """
 
     backbone: Backbone
@@ -50,6 +60,7 @@ class Model:
     name: str
     digest: str
     student_steps: list[int] | None = None
+    class_label: int | None = None
 
 
 def bundled_names(kind: str) -> list[str]:
@@ -88,8 +99,9 @@ def load_model(name: str | Path) -> Model:
     if index is None and not (folder / "config.json").exists():
         raise ModelError(f"'{folder}' is not a diffusion pipeline: it has no model_index.json. Give a folder saved by diffusers.")
     _refuse_custom_code(folder, index)
-    unet_dir = folder / "unet" if index is not None else folder
-    scheduler_dir = folder / "scheduler" if index is not None else folder
+    # Older hub repositories have a pipeline's only network and scheduler at their root.
+    unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
+    scheduler_dir = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     unet = _load_unet(unet_dir)
     scheduler = _load_scheduler(scheduler_dir)
     try:
@@ -101,13 +113,14 @@ def load_model(name: str | Path) -> Model:
     backbone = UNet2DBackbone(unet, schedule, scheduler["prediction_type"]).eval()
     notes = _read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
     digest = hashlib.sha256((unet_dir / WEIGHTS).read_bytes()).hexdigest()
-    return Model(backbone, scheduler, str(name), digest, notes.get("student_steps"))
+    return Model(backbone, scheduler, str(name), digest, notes.get("student_steps"), notes.get("class_label"))
 
 
 def _find_folder(name: str) -> Path:
     folder = bundled_path(name, "models")
     if folder.is_dir():
-        return folder / "student" if (folder / "run.json").exists() and (folder / "student").is_dir() else folder
+        products = [folder / part for part in ("student", "model") if (folder / part).is_dir()]
+        return products[0] if (folder / "run.json").exists() and products else folder
     if folder.exists():
         raise ModelError(f"'{name}' is a file; a model is a folder saved by diffusers.")
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
@@ -118,7 +131,7 @@ def _find_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's errors have no common base short of this
         raise ModelError(
             f"There is no folder '{name}', and it could not be fetched from the hub: {type(error).__name__}."
@@ -157,16 +170,48 @@ def _load_unet(folder: Path) -> UNet2DModel:
         pickled = any(folder.glob("*.bin"))
         why = "it has pickled weights only; save it again with safe_serialization=True" if pickled else "the file is missing"
         raise ModelError(f"'{folder / WEIGHTS}' is needed, but {why}.")
+    _refuse_unsupported(folder, config)
     try:
-        return UNet2DModel.from_pretrained(
-            str(folder), use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False, local_files_only=True
+        unet, report = UNet2DModel.from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"The weights in '{folder}' do not fit or are damaged: {reason}") from None
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[fault]:
+            some = sorted(str(key) for key in report[fault])
+            raise ModelError(f"The weights in '{folder}' do not fit: {len(some)} {fault.replace('_', ' ')}, such as {some[0]}.")
+    return unet
+
+
+def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
+    size, channels = config.get("sample_size"), config.get("in_channels", 3)
+    outputs = config.get("out_channels", 3)
+    square = isinstance(size, int) or (isinstance(size, list) and len(size) == 2 and size[0] == size[1])
+    wrong = None
+    if not square:
+        wrong = f"sample_size {size} (one side of a square is needed)"
+    elif channels != 3 or outputs not in (3, 6):
+        wrong = f"{channels} channels in and {outputs} out (3 in, and 3 or with learned sigma 6 out, are needed)"
+    elif config.get("class_embed_type") is not None:
+        wrong = f"class_embed_type '{config['class_embed_type']}' (plain class numbers are needed)"
+    elif config.get("mid_block_type", "UNetMidBlock2D") is None:
+        wrong = "no mid block (the discriminator needs one)"
+    if wrong:
+        raise ModelError(f"'{folder}' cannot be used: it has {wrong}.")
 
 
 def _load_scheduler(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "scheduler_config.json")
     defaults = dict(DDPMScheduler().config)
-    return {key: config.get(key, defaults[key]) for key in SCHEDULE_KEYS}
+    found = {key: config.get(key, defaults[key]) for key in SCHEDULE_KEYS}
+    if found["trained_betas"] is None and found["beta_schedule"] in ("sigmoid", "laplace"):
+        # Only DDPMScheduler knows these by name; as plain numbers every scheduler takes them.
+        found |= {"trained_betas": DDPMScheduler.from_config(found).betas.tolist(), "beta_schedule": "linear"}
+    return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad.backbones.base import Backbone, Granularity
 from unidad.losses import (
@@ -233,7 +234,9 @@ class UniDAD(Method):
         between = (mix * pictures[:n] + (1 - mix) * x[:n]).detach()
         t = self.fake_teacher.schedule.uniform(n, self.generator)
         x_t = self._noised(between, t)[0].requires_grad_()
-        return gradient_penalty(self._logits(x_t, t), x_t)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+            logits = self._logits(x_t, t)
+        return gradient_penalty(logits, x_t, self.o.gan_aggregation)
 
     # -- the target teacher: L_trg (METHOD §6) ------------------------------------------------------------------------
 
