@@ -181,13 +181,14 @@ def test_crash_while_saving_leaves_the_previous(tmp_path):
 
 def test_saving_again_under_the_same_name(tmp_path):
     """As on resuming a finished run: a whole checkpoint is left as it is, a damaged one is replaced."""
-    checkpoint.save(tmp_path, "00000001", snapshot(1))
+    s = snapshot(1)
+    checkpoint.save(tmp_path, "00000001", s)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "00000001").iterdir()}
-    checkpoint.save(tmp_path, "00000001", snapshot(1))
+    checkpoint.save(tmp_path, "00000001", s)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "00000001").iterdir()}
     flip(tmp_path / "00000001" / "network.student.safetensors")
-    checkpoint.save(tmp_path, "00000001", snapshot(1))
-    assert same(checkpoint.load(tmp_path / "00000001"), snapshot(1))
+    checkpoint.save(tmp_path, "00000001", s)
+    assert same(checkpoint.load(tmp_path / "00000001"), s)
 
 
 def test_pruning_removes_damaged_ones_after_the_newest(tmp_path):

@@ -91,7 +91,7 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: .convert would clip it to white
         grey = np.asarray(image).astype(np.float64)
-        top = 65535.0 if grey.max() > 255 else 255.0
+        top = 65535.0 if image.mode.startswith("I;16") or grey.max() > 255 else 255.0
         return Image.fromarray((grey / top * 255.0).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
