@@ -45,7 +45,7 @@ def write_report(
         f"seconds a picture, source at {DDIM_STEPS} DDIM steps": round(source_seconds, 4),
         "student faster by": f"{source_seconds / student_seconds:.1f}x",
     }
-    scores |= closeness(samples, pictures.pixels)
+    scores |= closeness(samples, pictures.pixels[:SCORED])
     page = run.path / "report.html"
     page.write_text(_page(run, pictures, sheet, scores), encoding="utf-8")
     return page

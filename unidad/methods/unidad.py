@@ -100,7 +100,8 @@ class UniDAD(Method):
         self.uses_target = objective.dmd_weight > 0 and objective.a > 0
         self.uses_gan = objective.gan_weight > 0 or objective.disc_weight > 0
         if (self.uses_source and source_teacher is None) or (self.uses_target and target_teacher is None):
-            raise ValueError(f"a = {objective.a} needs a {'source' if source_teacher is None else 'target'} teacher")
+            missing = "source" if self.uses_source and source_teacher is None else "target"
+            raise ValueError(f"a = {objective.a} needs a {missing} teacher")
         if self.uses_gan and heads is None:
             raise ValueError("the GAN has a weight but there are no heads")
         self.student, self.fake_teacher = student, fake_teacher
