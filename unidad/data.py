@@ -22,6 +22,8 @@ from unidad.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
+# Larger pictures are refused by `open_picture` itself; Pillow need not warn as well.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
                 image.seek(0)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image)), notes
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
         raise DataError(f"'{path}' claims more than {MAX_PIXELS // 10**6} million pixels. Make it smaller first.") from None
     except UnidentifiedImageError:
         raise DataError(f"'{path}' is not a picture ({', '.join(FORMATS)}). Remove it or save it anew.") from None
@@ -126,8 +128,7 @@ def load_folder(folder: str | Path, size: int, limit: int | None = None) -> Pict
 
 def load_files(files: list[Path], size: int, folder: str | Path) -> PictureSet:
     """`load_folder` for chosen files of a folder, at least one."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor(4) as pool:
         squares = list(pool.map(lambda p: _square(p, size), files))
     small = [f"{p.name} ({w}x{h})" for p, (a, _, (w, h)) in zip(files, squares, strict=True) if a is None]
     if small:

@@ -29,7 +29,7 @@ def dmd_loss(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def dual_domain_gradient(x: Tensor, xhat_fake: Tensor, xhat_source: Tensor | None, xhat_target: Tensor | None, a: float) -> Tensor:
-    """G = (1 - a) g_src + a g_trg (METHOD §4). A teacher that was not run is None and must have weight 0.
+    """g = (1 - a) g_src + a g_trg (METHOD §4). A teacher that was not run is None and must have weight 0.
 
     Raises:
         ValueError: if a is outside [0, 1] or a teacher with a weight is missing.

@@ -95,7 +95,7 @@ class NoiseSchedule:
         return alpha * x + sigma * eps
 
     def scales(self) -> Tensor:
-        """S = sigma_t / alpha_t, [T] float64, rising: the noise level of the EDM frame xbar = x + s eps (METHOD §2)."""
+        """s = sigma_t / alpha_t, [T] float64, rising: the noise level of the EDM frame xbar = x + s eps (METHOD §2)."""
         bar = self.alphas_cumprod.double()
         return ((1.0 - bar) / bar).sqrt()
 

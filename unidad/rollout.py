@@ -21,7 +21,7 @@ def rollout(
     grad: str = "all",
     stop_after: int | None = None,
 ) -> Tensor:
-    """X = G(z): from pure noise at tau_1, alternately predict x0 and re-noise to the next timestep (METHOD §3).
+    """x = G(z): from pure noise at tau_1, alternately predict x0 and re-noise to the next timestep (METHOD §3).
 
     Args:
         student: its x0-prediction is used.

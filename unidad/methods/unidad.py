@@ -133,7 +133,7 @@ class UniDAD(Method):
     # -- pieces -------------------------------------------------------------------------------------------------------
 
     def generate(self, grad: str = "all", stop_after: int | None = None) -> Tensor:
-        """X = G(z), a batch of student samples, [batch_size, C, H, W]; gradients as the surrounding mode and `grad` say."""
+        """x = G(z), a batch of student samples, [batch_size, C, H, W]; gradients as the surrounding mode and `grad` say."""
         noise = batch_noise((self.batch_size, *self.student.shape), self.generator)
         return rollout(self.student, noise, self.student_steps, self._labels(self.batch_size), grad, stop_after)
 
@@ -181,7 +181,7 @@ class UniDAD(Method):
 
     @torch.no_grad()
     def dmd_gradient(self, x: Tensor) -> Tensor:
-        """G of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
+        """g of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
         schedule = self.fake_teacher.schedule
         t = schedule.karras(len(x), self.generator) if self.o.timestep_law == "karras" else None
         t = schedule.uniform(len(x), self.generator, 0.02, 0.98) if t is None else t
