@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -168,7 +169,7 @@ def _convert(key: str, value: Any, default: Any) -> Any:
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", tuple: "a list of whole numbers"}[
         type(default)
     ]
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         if isinstance(default, bool):
             if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
                 return value.lower() in ("true", "yes", "on")
@@ -187,8 +188,6 @@ def _convert(key: str, value: Any, default: Any) -> Any:
                 return number
             if number == int(number):
                 return int(number)
-    except (TypeError, ValueError, OverflowError):
-        pass
     raise SettingsError(f"'{key}' must be {wanted}, not {value!r}.")
 
 

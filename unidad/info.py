@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
 from unidad.data import list_pictures, open_picture
 from unidad.errors import DataError, ModelError, UserError
-from unidad.run import RUN_FILE, RunFolder
+from unidad.run import RUN_FILE, RunFolder, package_version
 
 LEAST_TORCH = (2, 10)
 
@@ -102,7 +101,7 @@ def doctor() -> tuple[str, bool]:
     """A page about this machine, and whether nothing on it is known to be broken."""
     lines = [f"python       {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"]
     lines += [
-        f"{name:12} {_version(name) or 'missing'}"
+        f"{name:12} {package_version(name) or 'missing'}"
         for name in ("unidad", "torch", "diffusers", "accelerate", "safetensors", "pillow")
     ]
     trouble = _trouble()
@@ -146,13 +145,6 @@ def _trouble() -> list[str]:
         except ModelError as error:
             found.append(f"{error} Install unidad again.")
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _free_memory() -> int | None:

@@ -201,14 +201,15 @@ def surroundings(device: str) -> dict[str, Any]:
     """Versions, machine and commit, written beside every result."""
     return {
         "versions": {"python": platform.python_version()}
-        | {p: _version(p) for p in ("unidad", "torch", "diffusers", "accelerate", "numpy")},
+        | {p: package_version(p) for p in ("unidad", "torch", "diffusers", "accelerate", "numpy")},
         "platform": platform.platform(),
         "device": device,
         "commit": _commit(),
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
