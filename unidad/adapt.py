@@ -94,16 +94,14 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
 
     values = as_dict(settings)
     objective = Objective(**{name: values[name] for name in Objective.__dataclass_fields__ if name in values})
-    uses_source = settings.dmd_weight > 0 and settings.a < 1
-    uses_target = settings.dmd_weight > 0 and settings.a > 0
     fake = network(None)
     heads = build_heads(settings.heads, fake.feature_channels(objective.features), settings.seed).to(device)
     return UniDAD(
         student=network(parts.student_init),
-        source_teacher=network(None) if uses_source else None,
+        source_teacher=network(None) if objective.uses_source else None,
         fake_teacher=fake,
-        target_teacher=network(parts.adapted) if uses_target else None,
-        heads=heads if settings.disc_weight > 0 else None,
+        target_teacher=network(parts.adapted) if objective.uses_target else None,
+        heads=heads if objective.uses_gan else None,
         objective=objective,
         student_steps=parts.student_steps,
         batch_size=settings.batch_size,

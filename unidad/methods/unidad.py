@@ -56,6 +56,21 @@ class Objective:
     denoising: str = "epsilon"
     shared_forward: bool = True
 
+    @property
+    def uses_source(self) -> bool:
+        """Whether the source teacher has a weight."""
+        return self.dmd_weight > 0 and self.a < 1
+
+    @property
+    def uses_target(self) -> bool:
+        """Whether the target teacher has a weight."""
+        return self.dmd_weight > 0 and self.a > 0
+
+    @property
+    def uses_gan(self) -> bool:
+        """Whether heads are needed."""
+        return self.gan_weight > 0 or self.disc_weight > 0
+
 
 class UniDAD(Method):
     """The method over four networks of one architecture and the heads.
@@ -96,13 +111,10 @@ class UniDAD(Method):
         label: int | None = None,
     ):
         self.o = objective
-        self.uses_source = objective.dmd_weight > 0 and objective.a < 1
-        self.uses_target = objective.dmd_weight > 0 and objective.a > 0
-        self.uses_gan = objective.gan_weight > 0 or objective.disc_weight > 0
-        if (self.uses_source and source_teacher is None) or (self.uses_target and target_teacher is None):
-            missing = "source" if self.uses_source and source_teacher is None else "target"
+        if (objective.uses_source and source_teacher is None) or (objective.uses_target and target_teacher is None):
+            missing = "source" if objective.uses_source and source_teacher is None else "target"
             raise ValueError(f"a = {objective.a} needs a {missing} teacher")
-        if self.uses_gan and heads is None:
+        if objective.uses_gan and heads is None:
             raise ValueError("the GAN has a weight but there are no heads")
         self.student, self.fake_teacher = student, fake_teacher
         self.source_teacher, self.target_teacher, self.heads = source_teacher, target_teacher, heads
@@ -112,12 +124,12 @@ class UniDAD(Method):
         named |= {"target_teacher": target_teacher, "heads": heads}
         self.networks = {name: network for name, network in named.items() if network is not None}
         self._fresh: list[Tensor] = []
-        learners = ("fake_teacher", "heads") if self.uses_gan else ("fake_teacher",)
+        learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
         self.phases = [
             Phase("student", ("student",), 1, self.student_loss, needs_data=False),
-            Phase("fake_teacher", learners, objective.fake_updates, self.fake_teacher_loss, needs_data=self.uses_gan),
+            Phase("fake_teacher", learners, objective.fake_updates, self.fake_teacher_loss, needs_data=objective.uses_gan),
         ]
-        if self.uses_target and train_target:
+        if objective.uses_target and train_target:
             learns = ("target_teacher",)
             self.phases.insert(0, Phase("target_warmup", learns, target_warmup, self.target_teacher_loss, once=True))
             self.phases.append(Phase("target_teacher", learns, 1, self.target_teacher_loss))
@@ -186,8 +198,8 @@ class UniDAD(Method):
         t = schedule.karras(len(x), self.generator) if self.o.timestep_law == "karras" else None
         t = schedule.uniform(len(x), self.generator, 0.02, 0.98) if t is None else t
         x_t, labels = self._noised(x.detach(), t)[0], self._labels(len(x))
-        source = self.source_teacher.x0(x_t, t, labels) if self.uses_source and self.source_teacher is not None else None
-        target = self.target_teacher.x0(x_t, t, labels) if self.uses_target and self.target_teacher is not None else None
+        source = self.source_teacher.x0(x_t, t, labels) if self.o.uses_source and self.source_teacher is not None else None
+        target = self.target_teacher.x0(x_t, t, labels) if self.o.uses_target and self.target_teacher is not None else None
         return dual_domain_gradient(x, self.fake_teacher.x0(x_t, t, labels), source, target, self.o.a)
 
     # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
@@ -198,7 +210,7 @@ class UniDAD(Method):
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
         x_t, alpha, sigma = self._noised(x, t)
         labels = self._labels(len(x))
-        if not self.uses_gan:
+        if not self.o.uses_gan:
             xhat = self.fake_teacher.x0(x_t, t, labels)
             fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
             return {"fake": fake, "total": fake}
