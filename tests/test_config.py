@@ -56,9 +56,15 @@ def test_values_out_of_range(key, value):
 
 @pytest.mark.parametrize("key", sorted(RANGES.keys() & {f.name for f in fields(TrainSettings)}))
 def test_both_ends_of_every_range_are_allowed(key):
-    relaxed = {"dmd_weight": 1.0, "gan_weight": 0.0 if key == "disc_weight" else 0.1, "disc_weight": 1.0}
+    relaxed = {"dmd_weight": 1.0, "gan_weight": 0.0 if key == "disc_weight" else 0.1, "disc_weight": 1.0, "cycles": 10**9}
     for end in RANGES[key]:
         assert getattr(train(**(relaxed | {key: end})), key) == end
+
+
+def test_a_warm_up_must_leave_cycles_for_the_student():
+    assert train(cycles=5, target_warmup=4).target_warmup == 4
+    with pytest.raises(SettingsError, match="'target_warmup' is 5 of 5 cycles: the student would learn nothing"):
+        train(cycles=5, target_warmup=5)
 
 
 def test_every_range_and_choice_belongs_to_a_setting():

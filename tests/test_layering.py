@@ -13,7 +13,7 @@ ROOT = Path(unidad.__file__).parent
 MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglob("*.py") if "assets" not in p.parts)
 # The jobs and the programs that call them; everything else lies below.
 TOP = {"train", "adapt", "pretrain", "cli", "commands", "web", "__main__"}
-LEAVES = ("noise", "data", "errors", "heads")
+LEAVES = ("noise", "data", "errors", "heads", "augment")
 
 
 def imports(name: str) -> set[str]:

@@ -119,17 +119,17 @@ def test_resume_is_bit_equal(stop_in_update, whole_run, tmp_path, picture_folder
     assert name < "00000003"
 
 
-@pytest.mark.parametrize("stop_in_update", [1, 2, 4, 7])
+@pytest.mark.parametrize("stop_in_update", [1, 2, 4])
 def test_resume_with_a_warmed_up_target_teacher(stop_in_update, tmp_path, picture_folder):
-    """The first cycle has a phase more than the others: warm-up twice, student, fake teacher twice, target teacher."""
+    """Two cycles of the target teacher alone, one update each, then a whole one of four."""
     runs = {}
     for name, stop in (("whole", None), ("parts", stop_in_update)):
-        trainer = make(tmp_path / name, picture_folder, tiny.unidad(warmup=2), cycles=2)
+        trainer = make(tmp_path / name, picture_folder, tiny.unidad(warmup=2), cycles=3)
         seen = record(trainer, stop)
         if stop:
             with pytest.raises(Stopped):
                 trainer.fit()
-            trainer = make(tmp_path / name, picture_folder, tiny.unidad(warmup=2, seed=99), cycles=2)
+            trainer = make(tmp_path / name, picture_folder, tiny.unidad(warmup=2, seed=99), cycles=3)
             trainer.restore(checkpoint.latest(tmp_path / name / "checkpoints")[1])
             after = record(trainer)
             trainer.fit()
@@ -137,9 +137,9 @@ def test_resume_with_a_warmed_up_target_teacher(stop_in_update, tmp_path, pictur
         else:
             trainer.fit()
         runs[name] = trainer, seen
-    assert [n for n, _ in runs["whole"][1]].count("target_warmup") == 2
+    assert [n for n, _ in runs["whole"][1]][:3] == ["target_teacher", "target_teacher", "student"]
     assert runs["parts"][1] == runs["whole"][1]
-    assert runs["whole"][0].place.updates["target_teacher"] == 4
+    assert runs["whole"][0].place.updates["target_teacher"] == 3
     assert_same_state(runs["parts"][0], runs["whole"][0])
 
 

@@ -156,12 +156,13 @@ def test_without_target_weight_there_is_no_target_phase():
         assert "target_teacher" not in method.trained()
 
 
-def test_target_warmup_comes_once():
-    method = tiny.unidad(warmup=4)
-    cycles = [[(p.name, p.repeats) for p in method.cycle_phases(c)] for c in (0, 1, 2)]
+def test_the_target_teacher_goes_first_where_it_is_warmed_up():
+    def phases(cycle: int, **numbers: object) -> list[tuple[str, int]]:
+        return [(p.name, p.repeats) for p in tiny.unidad(warmup=4, **numbers).cycle_phases(cycle)]
+
     plain = [("student", 1), ("fake_teacher", 2), ("target_teacher", 1)]
-    assert cycles == [[("target_warmup", 4), *plain], plain, plain]
-    assert "target_warmup" not in [p.name for p in tiny.unidad(warmup=4, a=0.0).phases]
+    assert [phases(c) for c in (0, 3, 4, 99)] == [plain[2:], plain[2:], plain, plain]
+    assert phases(0, a=0.0) == plain[:2]  # nobody to warm up, nothing to wait for
 
 
 def test_gan_alone_runs_no_teacher(monkeypatch):

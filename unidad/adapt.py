@@ -25,7 +25,7 @@ from unidad.heads import build_heads
 from unidad.log import Log
 from unidad.methods.unidad import Objective, UniDAD
 from unidad.report import write_report
-from unidad.run import RunFolder, open_run, surroundings
+from unidad.run import RunFolder, open_run, public_name, surroundings
 from unidad.sample import draw
 from unidad.train import Trainer, make_accelerator, pick_device, pick_tracker
 
@@ -146,7 +146,11 @@ def train(
         accelerator = make_accelerator(settings, run)
         stream = PictureStream(parts.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
         log = Log(run, accelerator, console)
-        rates = {"fake_teacher": settings.lr_fake, "heads": settings.lr_fake, "target_teacher": settings.lr_target}
+        rates = {
+            "fake_teacher": settings.lr_fake,
+            "heads": settings.lr_heads or settings.lr_fake,
+            "target_teacher": settings.lr_target,
+        }
         trainer = Trainer(method, stream, settings, run, log, generator, accelerator, _sampler(parts, settings), rates)
         found = checkpoint.latest(run.checkpoints) if resume else None
         if found:
@@ -188,7 +192,7 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
         "hashes": hashes,
         "device": device.type,
         "data": {
-            "target": _public_name(target),
+            "target": public_name(target),
             "count": len(parts.pictures),
             "names": parts.pictures.names,
             "notes": parts.pictures.notes,
@@ -198,20 +202,14 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
     }
 
 
-def _public_name(target: str | Path) -> str:
-    """A folder's own name: no path of this machine goes into what is given away."""
-    text = str(target)
-    return text if text.startswith("bundled:") else Path(text).resolve().name
-
-
 def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: TrainSettings, target: str | Path) -> None:
     """Write student/, grid.png and report.html from the trained product."""
     assert isinstance(product, UNet2DBackbone)
-    name = _public_name(target)
-    about = f"Draws pictures like the {len(parts.pictures)} in '{name}', made from '{_public_name(settings.source)}' with unidad."
+    name = public_name(target)
+    about = f"Draws pictures like the {len(parts.pictures)} in '{name}', made from '{public_name(settings.source)}' with unidad."
     facts: dict[str, Any] = {
         "about": about,
-        "source": _public_name(settings.source),
+        "source": public_name(settings.source),
         "target": f"{name} ({len(parts.pictures)} pictures)",
     }
     if settings.class_label >= 0:

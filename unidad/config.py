@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from unidad.augment import AUGMENTATIONS, parse_kinds
 from unidad.backbones.base import GRANULARITIES
 from unidad.errors import SettingsError, did_you_mean
 from unidad.heads import HEAD_KINDS
@@ -64,6 +65,7 @@ class TrainSettings(LoopSettings):
     disc_weight: float = 0.03  # lambda_D
     gan_loss: str = "bce"  # bce | hinge | lsgan | wgan-gp
     gan_aggregation: str = "per_head"  # per_head | mean_logit
+    augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
     fake_updates: int = 5  # k
@@ -71,15 +73,17 @@ class TrainSettings(LoopSettings):
     timestep_law: str = "uniform"  # uniform | karras
     denoising: str = "epsilon"  # epsilon | v | edm
     shared_forward: bool = True
-    lr_fake: float = 0.0  # of the fake teacher and heads; 0: lr
+    lr_fake: float = 0.0  # of the fake teacher; 0: lr
+    lr_heads: float = 0.0  # of the heads; 0: lr_fake
     lr_target: float = 0.0  # of the target teacher; 0: lr
-    target_warmup: int = 0  # updates of the target teacher before the first cycle
+    target_warmup: int = 0  # of the cycles, so many first ones train the target teacher alone
 
 
 @dataclass(frozen=True)
 class PretrainSettings(LoopSettings):
-    """Training a source model from scratch."""
+    """Training a source model, from scratch or from the weights of another."""
 
+    init: str = "scratch"  # scratch | bundled:NAME | diffusers folder: its weights, shape and noise schedule are taken over
     size: int = 32
     widths: tuple[int, ...] = (24, 48, 96, 192)
     prediction_type: str = "v_prediction"
@@ -122,6 +126,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "accumulation": (1, 65536),
     "lr": (0, 1),
     "lr_fake": (0, 1),
+    "lr_heads": (0, 1),
     "lr_target": (0, 1),
     "warmup": (0, 10**9),
     "beta1": (0, 0.99999),
@@ -139,7 +144,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gan_weight": (0, 1e6),
     "disc_weight": (0, 1e6),
     "fake_updates": (1, 10**6),
-    "target_warmup": (0, 10**9),
+    "target_warmup": (0, 10**9 - 1),
     "class_label": (-1, 10**9),
     "size": (8, 4096),
 }
@@ -211,6 +216,17 @@ def _check_together(settings: LoopSettings) -> None:
             raise SettingsError(f"'size' must be a multiple of {side} for {len(settings.widths)} widths, not {settings.size}.")
     if not isinstance(settings, TrainSettings):
         return
+    try:
+        parse_kinds(settings.augment)
+    except ValueError as error:
+        kind = str(error)
+        raise SettingsError(
+            f"'augment' must be none or some of {', '.join(AUGMENTATIONS)}, not '{kind}'.{did_you_mean(kind, AUGMENTATIONS)}"
+        ) from None
+    if settings.cycles <= settings.target_warmup:
+        raise SettingsError(
+            f"'target_warmup' is {settings.target_warmup} of {settings.cycles} cycles: the student would learn nothing."
+        )
     if settings.dmd_weight == 0 and settings.gan_weight == 0:
         raise SettingsError("'dmd_weight' and 'gan_weight' are both 0: the student would learn nothing. Raise one of them.")
     if settings.gan_weight > 0 and settings.disc_weight == 0:

@@ -1,4 +1,4 @@
-"""The job `unidad pretrain`: a source diffusion model from scratch, on a folder of pictures."""
+"""The job `unidad pretrain`: a source diffusion model, from scratch or on from another, on a folder of pictures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from unidad import checkpoint
-from unidad.backbones.load import SCHEDULE_KEYS
+from unidad.backbones.load import SCHEDULE_KEYS, load_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
-from unidad.errors import SettingsError
+from unidad.errors import ModelError, SettingsError
 from unidad.export import save_source
 from unidad.log import Log
 from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
-from unidad.run import RunFolder, open_run, surroundings
+from unidad.run import RunFolder, open_run, public_name, surroundings
 from unidad.sample import draw
 from unidad.train import Trainer, make_accelerator, pick_device, pick_tracker, use_bf16
 
@@ -34,18 +34,19 @@ def pretrain(
         out: run folder; new, or with `resume` one of the same settings and pictures.
 
     Raises:
-        UserError: as `load_folder`, `open_run` and `checkpoint.latest` do.
+        UserError: as `start`, `load_folder`, `open_run` and `checkpoint.latest` do.
         Stopped: after SIGINT or SIGTERM, saved.
     """
     device = pick_device(settings.device)
     if settings.compile and device.type == "cpu" and use_bf16(settings.precision, device):
         # Seen with torch 2.13: gradients of everything below the first upsampler come out as exactly zero.
         raise SettingsError("'compile' with precision=bf16 gives wrong gradients on a CPU. Use compile=false, or precision=fp32.")
-    pictures = load_folder(data, settings.size)
+    backbone, scheduler, digest = start(settings)
+    pictures = load_folder(data, backbone.shape[-1])
     facts = {
         "kind": "pretrain",
         "settings": as_dict(settings),
-        "hashes": {"pictures": pictures.digest},
+        "hashes": {"pictures": pictures.digest} | ({"init": digest} if digest else {}),
         "device": device.type,
         "data": {"count": len(pictures), "folder": Path(data).name},
         "surroundings": surroundings(str(device)),
@@ -53,10 +54,7 @@ def pretrain(
     pick_tracker(settings)
     with open_run(out, facts, resume) as run:
         torch.manual_seed(settings.seed)
-        scheduler = scheduler_settings(settings)
-        schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
-        unet = random_unet((3, settings.size, settings.size), settings.widths, settings.seed)
-        backbone = UNet2DBackbone(unet, schedule, settings.prediction_type).to(device)
+        backbone = backbone.to(device)
         if settings.compile:
             backbone.compile_unet()
         generator = torch.Generator(device).manual_seed(settings.seed)
@@ -74,11 +72,29 @@ def pretrain(
             trainer.fit()
         finally:
             accelerator.end_training()
-        about = f"Trained from scratch with `unidad pretrain` on {len(pictures)} pictures, {trainer.place.cycle} updates."
+        began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
+        about = f"Trained {began} with `unidad pretrain` on {len(pictures)} pictures, {trainer.place.cycle} updates."
         product = trainer.product
         assert isinstance(product, UNet2DBackbone)
         save_source(product, scheduler, run.path / "model", {"title": "A source diffusion model", "about": about}, half=True)
     return run
+
+
+def start(settings: PretrainSettings) -> tuple[UNet2DBackbone, dict[str, object], str | None]:
+    """The network to train, its noise schedule as diffusers names it, and the digest of the weights it starts from, if any.
+
+    Raises:
+        UserError: if `init` names no model that can be trained.
+    """
+    if settings.init != "scratch":
+        model = load_model(settings.init)
+        if not isinstance(model.backbone, UNet2DBackbone) or model.backbone.num_classes is not None:
+            raise ModelError(f"'{settings.init}' is class-conditional; `unidad pretrain` trains unconditional models only.")
+        return model.backbone, dict(model.scheduler), model.digest
+    scheduler = scheduler_settings(settings)
+    schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
+    unet = random_unet((3, settings.size, settings.size), settings.widths, settings.seed)
+    return UNet2DBackbone(unet, schedule, settings.prediction_type), scheduler, None
 
 
 def scheduler_settings(settings: PretrainSettings) -> dict[str, object]:

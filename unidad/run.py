@@ -223,3 +223,9 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def public_name(target: str | Path) -> str:
+    """A folder's own name, or `bundled:NAME`: no path of this machine goes into what is given away."""
+    text = str(target)
+    return text if text.startswith("bundled:") else Path(text).resolve().name

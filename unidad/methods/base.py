@@ -25,7 +25,7 @@ class Phase:
         repeats: updates per cycle.
         loss: real pictures [B, C, H, W] in [-1, 1] -> named scalar terms; "total" is what is minimised.
         needs_data: False where the loss looks at no real picture; it is then given an empty batch.
-        once: True for a phase of the first cycle only.
+        begins, ends: the first cycle it belongs to, and the first that it no longer does (None: it stays to the end).
     """
 
     name: str
@@ -33,7 +33,8 @@ class Phase:
     repeats: int
     loss: Callable[[Tensor], Losses]
     needs_data: bool = True
-    once: bool = False
+    begins: int = 0
+    ends: int | None = None
 
 
 class Method(ABC):
@@ -62,7 +63,7 @@ class Method(ABC):
 
     def cycle_phases(self, cycle: int) -> list[Phase]:
         """Phases of one cycle, in order."""
-        return [phase for phase in self.phases if phase.repeats and (cycle == 0 or not phase.once)]
+        return [p for p in self.phases if p.repeats and p.begins <= cycle and (p.ends is None or cycle < p.ends)]
 
     def trained(self) -> list[str]:
         """Names of the networks that some phase trains, in a fixed order."""

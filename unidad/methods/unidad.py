@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from unidad.augment import augment, parse_kinds
 from unidad.backbones.base import Backbone, Granularity
 from unidad.losses import (
     denoising_loss,
@@ -37,8 +38,9 @@ class Objective:
         fake_updates: k, fake-teacher updates per cycle.
         reuse_batch: the student's own batch serves the first of the k (METHOD §8).
         rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
+        augment: what is done to every picture the heads see, such as "flip,translate"; see `unidad.augment`.
         timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T or "karras".
-        shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D.
+        shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D; not with `augment`, which L_fk must not see.
     """
 
     a: float = 0.25
@@ -48,6 +50,7 @@ class Objective:
     gan_loss: str = "bce"
     gan_aggregation: str = "per_head"
     gradient_penalty_weight: float = 10.0
+    augment: str = "none"
     features: Granularity = "stage"
     fake_updates: int = 5
     reuse_batch: bool = True
@@ -85,7 +88,7 @@ class UniDAD(Method):
         batch_size: student samples per (micro-)batch.
         generator: source of all noise and timesteps, on the networks' device.
         train_target: False keeps the target teacher as it is (a pre-adapted checkpoint).
-        target_warmup: updates of the target teacher before the first cycle.
+        target_warmup: so many first cycles train the target teacher alone.
         label: class of every picture, for class-conditional networks.
 
     Raises:
@@ -119,20 +122,21 @@ class UniDAD(Method):
         self.student, self.fake_teacher = student, fake_teacher
         self.source_teacher, self.target_teacher, self.heads = source_teacher, target_teacher, heads
         self.student_steps: list[int] = student_steps
+        self._augmentations = parse_kinds(objective.augment)
         self.batch_size, self.generator, self.label = batch_size, generator, label
         named: dict[str, nn.Module | None] = {"student": student, "source_teacher": source_teacher, "fake_teacher": fake_teacher}
         named |= {"target_teacher": target_teacher, "heads": heads}
         self.networks = {name: network for name, network in named.items() if network is not None}
         self._fresh: list[Tensor] = []
         learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
+        trains_target = objective.uses_target and train_target
+        first, k = target_warmup if trains_target else 0, objective.fake_updates
         self.phases = [
-            Phase("student", ("student",), 1, self.student_loss, needs_data=False),
-            Phase("fake_teacher", learners, objective.fake_updates, self.fake_teacher_loss, needs_data=objective.uses_gan),
+            Phase("student", ("student",), 1, self.student_loss, needs_data=False, begins=first),
+            Phase("fake_teacher", learners, k, self.fake_teacher_loss, needs_data=objective.uses_gan, begins=first),
         ]
-        if objective.uses_target and train_target:
-            learns = ("target_teacher",)
-            self.phases.insert(0, Phase("target_warmup", learns, target_warmup, self.target_teacher_loss, once=True))
-            self.phases.append(Phase("target_teacher", learns, 1, self.target_teacher_loss))
+        if trains_target:
+            self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss))
 
     def carried(self) -> list[Tensor]:
         """Student samples kept for the first fake-teacher update."""
@@ -157,9 +161,15 @@ class UniDAD(Method):
         alpha, sigma = self.fake_teacher.schedule.alpha_sigma(t, x.ndim)
         return alpha * x + sigma * eps, alpha, sigma
 
-    def _logits(self, x: Tensor, t: Tensor) -> Tensor:
+    def _logits(self, x_t: Tensor, t: Tensor) -> Tensor:
         assert self.heads is not None
-        return self.heads(self.fake_teacher.features(x, t, self._labels(len(x)), self.o.features))
+        return self.heads(self.fake_teacher.features(x_t, t, self._labels(len(x_t)), self.o.features))
+
+    def _judge(self, x: Tensor) -> Tensor:
+        """Logits of clean pictures, [B, heads]: augmented, noised to random t, and shown to the heads."""
+        x = augment(x, self._augmentations, self.generator)
+        t = self.fake_teacher.schedule.uniform(len(x), self.generator)
+        return self._logits(self._noised(x, t)[0], t)
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
@@ -174,9 +184,7 @@ class UniDAD(Method):
             losses["dmd_gradient"] = gradient.abs().mean().detach()
             total = total + self.o.dmd_weight * losses["dmd"]
         if self.o.gan_weight > 0:
-            t = self.fake_teacher.schedule.uniform(len(x), self.generator)
-            logits = self._logits(self._noised(x, t)[0], t)
-            losses["gan"] = gan_generator_loss(logits, self.o.gan_loss, self.o.gan_aggregation)
+            losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.reuse_batch:
             self._fresh.append(x.detach())
@@ -215,12 +223,12 @@ class UniDAD(Method):
             fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
             return {"fake": fake, "total": fake}
         assert self.heads is not None
-        if self.o.shared_forward:
+        if self.o.shared_forward and not self._augmentations:
             xhat, features = self.fake_teacher.x0_and_features(x_t, t, labels, self.o.features)
             fake_logits = self.heads(features)
         else:
             xhat = self.fake_teacher.x0(x_t, t, labels)
-            fake_logits = self._logits(x_t, t)
+            fake_logits = self._judge(x) if self._augmentations else self._logits(x_t, t)
         fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
         disc, accuracy = self._discriminator_loss(pictures, x, fake_logits)
         return {"fake": fake, "disc": disc, "disc_accuracy": accuracy, "total": fake + self.o.disc_weight * disc}
@@ -233,8 +241,7 @@ class UniDAD(Method):
         return self.generate(stop_after=stop)
 
     def _discriminator_loss(self, pictures: Tensor, x: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-        t = self.fake_teacher.schedule.uniform(len(pictures), self.generator)
-        real_logits = self._logits(self._noised(pictures, t)[0], t)
+        real_logits = self._judge(pictures)
         loss = gan_discriminator_loss(real_logits, fake_logits, self.o.gan_loss, self.o.gan_aggregation)
         if self.o.gan_loss == "wgan-gp":
             loss = loss + self.o.gradient_penalty_weight * self._penalty(pictures, x)

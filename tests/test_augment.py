@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from unidad.augment import AUGMENTATIONS, HOLE, REACH, augment, parse_kinds
+from unidad.config import TrainSettings, build_settings
+from unidad.errors import SettingsError
+
+ALL = tuple(AUGMENTATIONS)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def ramp(n: int = 64, side: int = 16) -> torch.Tensor:
+    """Pictures whose pixel values say where they came from."""
+    place = torch.arange(side * side, dtype=torch.float32).view(1, 1, side, side) / (side * side)
+    return place.expand(n, 3, side, side).clone()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_shape_stays_pictures_differ_and_the_generator_decides(kind):
+    x = ramp()
+    once, again = augment(x, (kind,), generator()), augment(x, (kind,), generator())
+    assert once.shape == x.shape
+    assert torch.equal(once, again)
+    assert len({tuple(p.flatten().tolist()) for p in once}) > 1
+
+
+def test_none_changes_nothing():
+    x = ramp()
+    assert augment(x, parse_kinds("none"), generator()) is x
+
+
+def test_flip_mirrors_some():
+    x = ramp()
+    out = augment(x, ("flip",), generator())
+    mirrored = (out == x.flip(-1)).flatten(1).all(dim=1)
+    kept = (out == x).flatten(1).all(dim=1)
+    assert bool((mirrored ^ kept).all())
+    assert 16 < int(mirrored.sum()) < 48
+
+
+def test_translate_moves_whole_pixels_within_reach():
+    side = 16
+    reach = int(side * REACH)
+    out = augment(ramp(side=side), ("translate",), generator()) * side * side
+    rows, columns = (out[:, 0] // side).long(), (out[:, 0] % side).long()
+    middle = side // 2
+    down, right = rows[:, middle, middle] - middle, columns[:, middle, middle] - middle
+    assert set(down.tolist()) == set(right.tolist()) == set(range(-reach, reach + 1))
+    grid = torch.arange(side)
+    assert torch.equal(rows[:, :, 0], (grid + down[:, None]).clamp(0, side - 1))
+    assert torch.equal(columns[:, 0, :], (grid + right[:, None]).clamp(0, side - 1))
+
+
+def test_cutout_blanks_one_square():
+    side = 16
+    out = augment(torch.ones(64, 3, side, side), ("cutout",), generator())
+    hole = (out == 0).all(dim=1)
+    assert torch.equal(hole, (out == 0).any(dim=1))
+    whole = int(side * HOLE)
+    assert int(hole.flatten(1).sum(1).max()) == whole * whole
+    assert bool((hole.any(dim=1).sum(dim=1) * hole.any(dim=2).sum(dim=1) == hole.flatten(1).sum(1)).all())
+
+
+def test_colour_is_brightness_saturation_and_contrast_of_each_picture():
+    x = torch.zeros(200, 3, 4, 4)
+    level = augment(x, ("colour",), generator())
+    assert torch.equal(level, level[:, :1, :1, :1].expand_as(level))  # a grey, flat picture has brightness alone
+    assert -0.5 <= float(level.min()) < -0.45
+    assert 0.45 < float(level.max()) <= 0.5
+
+
+def test_gradients_reach_the_pictures():
+    x = ramp(8).requires_grad_()
+    augment(x, ALL, generator()).sum().backward()
+    assert float(x.grad.abs().sum()) > 0
+
+
+def test_parsing():
+    assert parse_kinds("flip, cutout") == ("flip", "cutout")
+    assert parse_kinds("none") == parse_kinds("") == ()
+    with pytest.raises(SettingsError, match=r"'augment' must be none or some of flip, .* not 'fliip'\. Did you mean 'flip'\?"):
+        build_settings(TrainSettings, {"augment": "translate,fliip"})
+
+
+def test_heads_see_augmented_pictures_of_both_kinds_and_the_denoising_losses_see_none(monkeypatch):
+    seen: list[torch.Tensor] = []
+    monkeypatch.setitem(AUGMENTATIONS, "flip", lambda x, _g: seen.append(x) or x)
+    method = tiny.unidad(augment="flip", gan_weight=0.1, disc_weight=0.1)
+    real = torch.zeros(2, *tiny.SHAPE)
+    student = tiny.phase(method, "student").loss(real)
+    assert len(seen) == 1
+    assert seen[0].requires_grad
+    fresh = method.carried()[0]
+    tiny.phase(method, "fake_teacher").loss(real)
+    assert torch.equal(seen[1], fresh)
+    assert torch.equal(seen[2], real)
+    tiny.phase(method, "target_teacher").loss(real)
+    assert len(seen) == 3
+    assert student["gan"].requires_grad

@@ -1,0 +1,88 @@
+"""Differentiable augmentation of what the discriminator sees, against its learning ten pictures by heart (DiffAugment, arXiv 2006.10738).
+
+Real pictures and student samples go through the same law, and gradients flow back to the student, so that the student is not taught
+to draw augmented pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+REACH = 1 / 8  # of the side: how far "translate" moves a picture
+HOLE = 1 / 2  # of the side: the square that "cutout" blanks
+
+
+def augment(x: Tensor, kinds: tuple[str, ...], generator: torch.Generator) -> Tensor:
+    """Each picture of x, [B, C, H, W] in [-1, 1], changed by each of `kinds` in turn; differentiable in x.
+
+    Raises:
+        KeyError: for an unknown kind.
+    """
+    for kind in kinds:
+        x = AUGMENTATIONS[kind](x, generator)
+    return x
+
+
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """ "flip,translate" -> ("flip", "translate"); "none" -> ().
+
+    Raises:
+        ValueError: naming the kind that is not known.
+    """
+    kinds = tuple(part for part in text.replace(" ", "").split(",") if part not in ("", "none"))
+    for kind in kinds:
+        if kind not in AUGMENTATIONS:
+            raise ValueError(kind)
+    return kinds
+
+
+def _uniform(x: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand((len(x), 1, 1, 1), generator=generator, device=x.device)
+
+
+def _flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.where(_uniform(x, generator, 0, 1) < 0.5, x.flip(-1), x)
+
+
+def _translate(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole pixels, up to REACH of the side in each direction; the border repeats its last pixel."""
+    h, w = x.shape[-2:]
+    padded = F.pad(x, (w_reach := max(1, int(w * REACH)), w_reach, h_reach := max(1, int(h * REACH)), h_reach), mode="replicate")
+
+    def places(side: int, reach: int) -> Tensor:
+        start = torch.randint(0, 2 * reach + 1, (len(x), 1), generator=generator, device=x.device)
+        return start + torch.arange(side, device=x.device)
+
+    rows, columns = places(h, h_reach), places(w, w_reach)
+    batch = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _colour(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Brightness by up to 0.5, saturation by a factor 0..2, contrast by a factor 0.5..1.5, in this order."""
+    x = x + _uniform(x, generator, -0.5, 0.5)
+    grey = x.mean(dim=1, keepdim=True)
+    x = grey + _uniform(x, generator, 0, 2) * (x - grey)
+    level = x.mean(dim=(1, 2, 3), keepdim=True)
+    return level + _uniform(x, generator, 0.5, 1.5) * (x - level)
+
+
+def _cutout(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Zero in a square of HOLE of the side, whose centre is anywhere in the picture."""
+    h, w = x.shape[-2:]
+    dy = torch.arange(h, device=x.device).view(1, 1, h, 1) + 0.5 - _uniform(x, generator, 0, h)
+    dx = torch.arange(w, device=x.device).view(1, 1, 1, w) + 0.5 - _uniform(x, generator, 0, w)
+    inside = (dy.abs() < h * HOLE / 2) & (dx.abs() < w * HOLE / 2)
+    return x.masked_fill(inside, 0.0)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "flip": _flip,
+    "translate": _translate,
+    "colour": _colour,
+    "cutout": _cutout,
+}
