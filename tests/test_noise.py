@@ -153,3 +153,17 @@ def test_karras_law(generator):
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
     below = (schedule.scales()[t] < middle).float().mean()
     assert below == pytest.approx(0.5, abs=0.02)
+
+
+def test_quadratic_timesteps_lie_where_the_law_says():
+    """t / high = u^2: a quarter of the range holds half of the draws, and u's quartiles are the square roots of t's."""
+    t = tiny.cosine().quadratic(20_000, torch.Generator().manual_seed(0)).double() / 980
+    quarters = t.sqrt().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert torch.allclose(quarters, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), atol=0.02)
+    assert 0 <= float(t.min()) < 0.001
+    assert 0.99 < float(t.max()) < 1
+
+
+def test_an_unknown_timestep_law_is_named():
+    with pytest.raises(ValueError, match="one of uniform, karras, quadratic, not 'cubic'"):
+        tiny.cosine().draw_timesteps("cubic", 2, torch.Generator())

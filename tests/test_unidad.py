@@ -267,7 +267,7 @@ def test_wiring_of_a(monkeypatch):
     assert torch.allclose(ends[2], 0.75 * ends[0] + 0.25 * ends[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("law", ["uniform", "karras"])
+@pytest.mark.parametrize("law", ["uniform", "karras", "quadratic"])
 def test_timestep_law_of_the_student(law, monkeypatch):
     method = tiny.unidad(timestep_law=law)
     seen = []
@@ -334,3 +334,25 @@ def test_heads_depend_on_their_seed_alone():
     a, b, c = (build_heads("multi", [4], s).state_dict()["heads.0.weight"] for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_the_anchor_is_the_students_own_denoising_loss_at_its_last_step():
+    method = tiny.unidad(anchor_weight=2.0, gan_weight=0.0, denoising="v")
+    student = tiny.phase(method, "student")
+    assert student.needs_data
+    losses = run_phase(method, student)
+    assert reached(method) == {"student"}
+    assert losses["total"].item() == pytest.approx((losses["dmd"] + 2 * losses["anchor"]).item())
+
+    y = pictures()
+    method.generator.manual_seed(3)
+    anchor = method.anchor(y)
+    eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    t = torch.full((2,), method.student_steps[-1])
+    alpha, sigma = method.student.schedule.alpha_sigma(t, 4)
+    xhat = method.student.x0(alpha * y + sigma * eps, t)
+    assert anchor.item() == pytest.approx((((alpha / sigma) ** 2 + 1) * (xhat - y) ** 2).mean().item(), rel=1e-5)
+
+
+def test_without_an_anchor_the_student_looks_at_no_picture():
+    assert not tiny.phase(tiny.unidad(), "student").needs_data

@@ -17,7 +17,7 @@ from unidad.backbones.base import GRANULARITIES
 from unidad.errors import SettingsError, did_you_mean
 from unidad.heads import HEAD_KINDS
 from unidad.losses import AGGREGATIONS, DENOISING_LOSSES, GAN_LOSSES
-from unidad.noise import STUDENT_GRIDS
+from unidad.noise import STUDENT_GRIDS, TIMESTEP_LAWS
 from unidad.rollout import ROLLOUT_GRADS
 
 
@@ -68,9 +68,10 @@ class TrainSettings(LoopSettings):
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
+    anchor_weight: float = 0.0  # of the student's own denoising loss at its last step, on the target pictures; 0 in the paper
     fake_updates: int = 5  # k
     reuse_batch: bool = True
-    timestep_law: str = "uniform"  # uniform | karras
+    timestep_law: str = "uniform"  # uniform | karras | quadratic
     denoising: str = "epsilon"  # epsilon | v | edm
     shared_forward: bool = True
     lr_fake: float = 0.0  # of the fake teacher; 0: lr
@@ -111,7 +112,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gan_aggregation": AGGREGATIONS,
     "heads": HEAD_KINDS,
     "features": GRANULARITIES,
-    "timestep_law": ("uniform", "karras"),
+    "timestep_law": TIMESTEP_LAWS,
     "denoising": DENOISING_LOSSES,
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -143,6 +144,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "dmd_weight": (0, 1e6),
     "gan_weight": (0, 1e6),
     "disc_weight": (0, 1e6),
+    "anchor_weight": (0, 1e6),
     "fake_updates": (1, 10**6),
     "target_warmup": (0, 10**9 - 1),
     "class_label": (-1, 10**9),

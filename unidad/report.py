@@ -25,7 +25,7 @@ from unidad.sample import draw
 SHOWN = 48
 SCORED = 128
 DDIM_STEPS = 50
-CURVES = ("dmd", "gan", "disc", "disc_accuracy", "fake", "target")
+CURVES = ("dmd", "gan", "anchor", "disc", "disc_accuracy", "fake", "target")
 
 
 def write_report(

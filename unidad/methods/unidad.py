@@ -35,11 +35,13 @@ class Objective:
         a: weight of the target teacher against the source teacher, in [0, 1].
         dmd_weight: of L_DMD; 0 leaves the GAN alone.
         gan_weight: lambda_G. disc_weight: lambda_D.
+        anchor_weight: of L_denoise of the student itself, on real pictures at its last timestep tau_K. Not in the paper, so 0 by
+            default: it keeps the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
         fake_updates: k, fake-teacher updates per cycle.
         reuse_batch: the student's own batch serves the first of the k (METHOD §8).
         rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
         augment: what is done to every picture the heads see, such as "flip,translate"; see `unidad.augment`.
-        timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T or "karras".
+        timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T, "karras" or "quadratic" (see `NoiseSchedule`).
         shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D; not with `augment`, which L_fk must not see.
     """
 
@@ -51,6 +53,7 @@ class Objective:
     gan_aggregation: str = "per_head"
     gradient_penalty_weight: float = 10.0
     augment: str = "none"
+    anchor_weight: float = 0.0
     features: Granularity = "stage"
     fake_updates: int = 5
     reuse_batch: bool = True
@@ -132,7 +135,7 @@ class UniDAD(Method):
         trains_target = objective.uses_target and train_target
         first, k = target_warmup if trains_target else 0, objective.fake_updates
         self.phases = [
-            Phase("student", ("student",), 1, self.student_loss, needs_data=False, begins=first),
+            Phase("student", ("student",), 1, self.student_loss, objective.anchor_weight > 0, begins=first),
             Phase("fake_teacher", learners, k, self.fake_teacher_loss, needs_data=objective.uses_gan, begins=first),
         ]
         if trains_target:
@@ -173,8 +176,11 @@ class UniDAD(Method):
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
-    def student_loss(self, _pictures: Tensor) -> Losses:
-        """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN."""
+    def student_loss(self, pictures: Tensor) -> Losses:
+        """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN.
+
+        The pictures [B, C, H, W] are those that the anchor, where it has a weight, is computed on.
+        """
         x = self._student_batch()
         losses: Losses = {}
         total = x.new_zeros(())
@@ -186,9 +192,18 @@ class UniDAD(Method):
         if self.o.gan_weight > 0:
             losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
+        if self.o.anchor_weight > 0:
+            losses["anchor"] = self.anchor(pictures)
+            total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
             self._fresh.append(x.detach())
         return losses | {"total": total}
+
+    def anchor(self, pictures: Tensor) -> Tensor:
+        """L_denoise of the student on real pictures [B, C, H, W] noised to tau_K."""
+        t = torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
+        x_t, alpha, sigma = self._noised(pictures, t)
+        return denoising_loss(pictures, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
 
     def _student_batch(self) -> Tensor:
         if self.o.rollout_grad != "random":
@@ -203,8 +218,7 @@ class UniDAD(Method):
     def dmd_gradient(self, x: Tensor) -> Tensor:
         """g of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
         schedule = self.fake_teacher.schedule
-        t = schedule.karras(len(x), self.generator) if self.o.timestep_law == "karras" else None
-        t = schedule.uniform(len(x), self.generator, 0.02, 0.98) if t is None else t
+        t = schedule.draw_timesteps(self.o.timestep_law, len(x), self.generator)
         x_t, labels = self._noised(x.detach(), t)[0], self._labels(len(x))
         source = self.source_teacher.x0(x_t, t, labels) if self.o.uses_source and self.source_teacher is not None else None
         target = self.target_teacher.x0(x_t, t, labels) if self.o.uses_target and self.target_teacher is not None else None
