@@ -10,17 +10,23 @@ _AVATARS: dict[str, Any] = {
     "student_init": "bundled:avatars-3step",
     "steps": 3,
     "rollout_grad": "random",
+    "timestep_law": "quadratic",
     "denoising": "v",
     "a": 0.75,
+    "anchor_weight": 5.0,
     "gan_weight": 0.1,
     "disc_weight": 0.3,
+    "features": "layer",
+    "augment": "flip,translate",
     "fake_updates": 2,
     "batch_size": 8,
     "lr": 4e-5,
     "lr_decay": "cosine",
-    "lr_fake": 3e-4,
+    "lr_fake": 4e-4,
+    "lr_heads": 1e-4,
     "lr_target": 1e-4,
     "warmup": 20,
+    "target_warmup": 150,
     "ema": 0.99,
 }
 
@@ -49,8 +55,8 @@ _PUBLIC_CODE: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "avatars": _AVATARS | {"cycles": 1200, "sample_every": 100, "save_every": 100},
-    "avatars-demo": _AVATARS | {"cycles": 500, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
+    "avatars": _AVATARS | {"cycles": 2400, "sample_every": 100, "save_every": 100},
+    "avatars-demo": _AVATARS | {"cycles": 700, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
     "fsig-far": _FSIG | {"a": 0.75},
     "fsig-near-paper": _FSIG | _PUBLIC_CODE | {"a": 0.25},
