@@ -216,8 +216,9 @@ def _add_pretrain(commands: Commands) -> None:
     parser = _command(
         commands,
         "pretrain",
-        "Train a source diffusion model from scratch on thousands of pictures.",
-        "  unidad pretrain --data many_pictures --out runs/source --set size=32 --set cycles=20000",
+        "Train a source diffusion model on thousands of pictures, from scratch or on from another.",
+        """  unidad pretrain --data many_pictures --out runs/source --set size=32 --set cycles=20000
+  unidad pretrain --data many_pictures --out runs/better --set init=runs/source --set lr=7e-4""",
         _pretrain,
     )
     parser.add_argument("--data", required=True, metavar="FOLDER")
