@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.export import save_source
 
 torch.set_num_threads(1)
 
@@ -33,6 +34,16 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(10):
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         coarse.resize((40 + i, 32 + i), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny source model's folder."""
+    from test_export import V
+
+    folder = tmp_path_factory.mktemp("source") / "model"
+    save_source(tiny.backbone(1), V, folder, {})
     return folder
 
 

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 
 from unidad.cli import main
-from unidad.export import save_source
 from unidad.report import read_log
 
 TINY = ["--set", "cycles=4", "--set", "batch_size=2", "--set", "fake_updates=2", "--set", "log_every=1", "--set", "sample_every=2"]
@@ -27,15 +25,6 @@ TINY += [
     "--device",
     "cpu",
 ]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from test_export import V
-
-    folder = tmp_path_factory.mktemp("source") / "model"
-    save_source(tiny.backbone(1), V, folder, {})
-    return folder
 
 
 @pytest.fixture(scope="module")

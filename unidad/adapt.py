@@ -1,5 +1,5 @@
-"""The job `unidad train`: adapt and distil a source model to a folder of pictures in one stage, and leave everything a person
-needs in the run folder: the student, sample grids, a picture grid and a report.
+"""The job `unidad train`: adapt and distil a source model to a folder of pictures in one stage, or by a rival method, and leave
+everything a person needs in the run folder: the student (or model), sample grids, a picture grid and a report.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.config import TrainSettings, as_dict
 from unidad.data import PictureSet, PictureStream, load_folder
 from unidad.errors import ModelError, SettingsError
-from unidad.export import save_student
+from unidad.export import save_source, save_student
 from unidad.heads import build_heads
 from unidad.log import Log
+from unidad.methods.base import Method
+from unidad.methods.finetune import Finetune
+from unidad.methods.two_stage import AdaptThenDistill
 from unidad.methods.unidad import Objective, UniDAD
 from unidad.report import write_report
 from unidad.run import RunFolder, open_run, public_name, surroundings
@@ -40,7 +43,12 @@ class Ingredients:
     pictures: PictureSet
     student_init: Model | None
     adapted: Model | None
-    student_steps: list[int]
+    student_steps: list[int] | None  # None where the product is a many-step model
+
+    @property
+    def product_folder(self) -> str:
+        """Where in the run folder the product goes."""
+        return "model" if self.student_steps is None else "student"
 
 
 def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
@@ -61,7 +69,7 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     if classes is not None and not 0 <= settings.class_label < classes:
         raise SettingsError(f"'{source.name}' is class-conditional: set class_label to a number in 0..{classes - 1}.")
     try:
-        steps = source.backbone.schedule.student_steps(settings.steps, settings.grid)
+        steps = None if settings.method == "finetune" else source.backbone.schedule.student_steps(settings.steps, settings.grid)
     except ValueError as error:
         raise SettingsError(f"'steps' and 'grid': {error}.") from None
     pictures = load_folder(bundled_path(str(target), "targets"), source.backbone.shape[-1])
@@ -84,8 +92,8 @@ def _refuse_other_shape(source: Model, other: Model) -> None:
         raise ModelError(f"'{other.name}' has another noise schedule than '{source.name}'.")
 
 
-def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> UniDAD:
-    """The Uni-DAD method on fresh copies of the source model (or of the student and target teacher it starts from)."""
+def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
+    """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
 
     def network(model: Model | None) -> UNet2DBackbone:
         backbone = copy.deepcopy((model or parts.source).backbone).to(device)
@@ -93,22 +101,35 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
         return backbone.requires_grad_(False)
 
     values = as_dict(settings)
+    label = None if settings.class_label < 0 else settings.class_label
+    if settings.method in ("finetune", "distill-then-adapt"):
+        start = network(parts.student_init if parts.student_steps else None)
+        return Finetune(start, generator, settings.denoising, label, parts.student_steps)
     objective = Objective(**{name: values[name] for name in Objective.__dataclass_fields__ if name in values})
     fake = network(None)
+    assert parts.student_steps is not None
     heads = build_heads(settings.heads, fake.feature_channels(objective.features), settings.seed).to(device)
+    common: dict[str, Any] = {
+        "student": network(parts.student_init),
+        "fake_teacher": fake,
+        "heads": heads if objective.uses_gan else None,
+        "objective": objective,
+        "student_steps": parts.student_steps,
+        "batch_size": settings.batch_size,
+        "generator": generator,
+        "label": label,
+    }
+    if settings.method == "adapt-then-distill":
+        fresh = parts.student_init is None
+        return AdaptThenDistill(
+            target_teacher=network(None), adapt_cycles=settings.target_warmup, student_from_teacher=fresh, **common
+        )
     return UniDAD(
-        student=network(parts.student_init),
         source_teacher=network(None) if objective.uses_source else None,
-        fake_teacher=fake,
         target_teacher=network(parts.adapted) if objective.uses_target else None,
-        heads=heads if objective.uses_gan else None,
-        objective=objective,
-        student_steps=parts.student_steps,
-        batch_size=settings.batch_size,
-        generator=generator,
         train_target=parts.adapted is None,
         target_warmup=settings.target_warmup,
-        label=None if settings.class_label < 0 else settings.class_label,
+        **common,
     )
 
 
@@ -188,6 +209,7 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
     hashes |= {"target_teacher": parts.adapted.digest} if parts.adapted else {}
     return {
         "kind": "train",
+        "product": parts.product_folder,
         "settings": as_dict(settings),
         "hashes": hashes,
         "device": device.type,
@@ -214,7 +236,15 @@ def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: Tra
     }
     if settings.class_label >= 0:
         facts["class_label"] = settings.class_label
-    save_student(product.eval(), parts.source.scheduler, parts.student_steps, run.student, facts)
+    if parts.student_steps is None:
+        save_source(
+            product.eval(),
+            parts.source.scheduler,
+            run.path / parts.product_folder,
+            facts | {"title": "A fine-tuned diffusion model"},
+        )
+    else:
+        save_student(product.eval(), parts.source.scheduler, parts.student_steps, run.student, facts)
     label = None if settings.class_label < 0 else settings.class_label
     source = parts.source.backbone.to(next(product.parameters()).device)
     assert isinstance(source, UNet2DBackbone)

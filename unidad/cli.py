@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -100,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"unidad {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_train(commands)
+    _add_finetune(commands)
+    _add_distill(commands)
     _add_sample(commands)
     _add_evaluate(commands)
     _add_export(commands)
@@ -143,13 +145,48 @@ presets:
 settings: see `unidad train --list-settings`""",
         _train,
     )
+    parser.add_argument(
+        "--method",
+        choices=("uni-dad", "adapt-then-distill", "distill-then-adapt"),
+        help="the paper's, or a two-stage rival (uni-dad)",
+    )
     parser.add_argument("--target", metavar="FOLDER", help="folder of pictures, or bundled:toonHead|lorelei|bottts|sunglasses")
-    parser.add_argument("--out", metavar="RUN", help="folder to make: student/, report.html, grid.png, checkpoints/, samples/")
+    _add_job(parser)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="RUN", help="folder to make: the product, report.html, grid.png, checkpoints/, samples/")
     parser.add_argument("--source", metavar="MODEL", help="bundled:avatars, a diffusers folder, or a hub id (bundled:avatars)")
     parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, 1 to 4 (3)")
     parser.add_argument("--preset", metavar="NAME", help="named settings, below (avatars for the bundled source)")
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
     _add_settings(parser)
+
+
+def _add_finetune(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "finetune",
+        "Fine-tune a source model to about ten pictures: a many-step model, the rival FT.",
+        """  unidad finetune --target my_pictures --out runs/ft
+  unidad sample runs/ft -n 16 --steps 50 --out pictures""",
+        _finetune,
+    )
+    parser.add_argument("--target", metavar="FOLDER", help="folder of pictures, or bundled:NAME")
+    _add_job(parser)
+
+
+def _add_distill(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "distill",
+        "Distil a source model to few steps on pictures of its own domain, by DMD2: the source teacher alone, a single head.",
+        """  unidad distill --data source_pictures --out runs/student
+  unidad train --target my_pictures --out runs/mine --set student_init=runs/student/student""",
+        _distill,
+    )
+    parser.add_argument("--data", dest="target", metavar="FOLDER", help="pictures of the source's own domain")
+    _add_job(parser)
 
 
 def _add_class_label(parser: argparse.ArgumentParser) -> None:
@@ -246,22 +283,42 @@ def _flags(args: argparse.Namespace, names: Sequence[str]) -> dict[str, object]:
     return {name: given[name] for name in names if given[name] is not None}
 
 
+# What a command lays over its preset, under everything that the user says.
+_FINETUNE = {"method": "finetune"}
+_DISTILL = {"a": 0.0, "target_teacher": "off", "target_warmup": 0, "heads": "single", "student_init": "source", "augment": "none"}
+
+
 def _train(args: argparse.Namespace, console: Console) -> int:
+    rivals = {"adapt-then-distill": "avatars-adapt-then-distill", "distill-then-adapt": "avatars-distill-then-adapt"}
+    layer = {"method": args.method} if args.method else {}
+    return _job(args, console, rivals.get(args.method, "avatars"), layer)
+
+
+def _finetune(args: argparse.Namespace, console: Console) -> int:
+    return _job(args, console, "avatars-finetune", _FINETUNE)
+
+
+def _distill(args: argparse.Namespace, console: Console) -> int:
+    return _job(args, console, "avatars-distill", _DISTILL)
+
+
+def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping[str, object]) -> int:
     from unidad.config import TrainSettings, as_dict, build_settings, parse_overrides, read_config
     from unidad.presets import PRESETS
 
     chosen = read_config(args.config) if args.config else {}
     overrides = _flags(args, ("source", "steps", "device", "seed")) | parse_overrides(args.set)
     source = overrides.get("source", chosen.get("source", "bundled:avatars"))
-    preset = args.preset or ("avatars" if source == "bundled:avatars" else "")
+    preset = args.preset or (preset if source == "bundled:avatars" else "")
     if preset and preset not in PRESETS:
         raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
-    settings = build_settings(TrainSettings, PRESETS.get(preset, {}), chosen, overrides)
+    settings = build_settings(TrainSettings, PRESETS.get(preset, {}), layer, chosen, overrides)
     if args.list_settings:
         print("\n".join(f"{key}: {value}" for key, value in as_dict(settings).items()))
         return 0
     if not args.target or not args.out:
-        raise SettingsError("--target FOLDER and --out RUN are needed. See `unidad train --help`.")
+        pictures = "--data" if args.run is _distill else "--target"
+        raise SettingsError(f"{pictures} FOLDER and --out RUN are needed. Add --help for examples.")
     from unidad.adapt import train
 
     return _stoppable(lambda: train(args.target, args.out, settings, args.resume, console).path / "report.html", args.out)

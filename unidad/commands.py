@@ -45,8 +45,9 @@ def load_product(name: str | Path) -> Model:
         raise CheckpointError(f"'{path}' has no checkpoint yet. Go on with --resume.")
     model = load_model(facts["settings"]["source"])
     tensors = found[1].tensors
+    product = "network." + facts.get("product", "student")
     averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
-    model.backbone.load_state_dict(averaged or tensors["network.student"], strict=True)
+    model.backbone.load_state_dict(averaged or tensors[product], strict=True)
     label = facts["settings"]["class_label"]
     return replace(model, name=str(name), student_steps=facts["student_steps"], class_label=None if label < 0 else label)
 

@@ -53,6 +53,7 @@ class TrainSettings(LoopSettings):
     """A Uni-DAD run; METHOD §3-§7 explain the names."""
 
     source: str = "bundled:avatars"
+    method: str = "uni-dad"  # uni-dad | finetune | adapt-then-distill | distill-then-adapt (the last three are the paper's rivals)
     student_init: str = "source"  # source | bundled:NAME | folder of a distilled student
     target_teacher: str = "online"  # online | off | folder of a model already adapted to the target (frozen)
     class_label: int = -1  # of a class-conditional source; -1: none
@@ -68,7 +69,9 @@ class TrainSettings(LoopSettings):
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
-    anchor_weight: float = 0.0  # of the student's own denoising loss at its last step, on the target pictures; 0 in the paper
+    anchor_weight: float = 0.0  # of the student's own denoising loss at its last step; 0 in the paper
+    anchor: str = "pictures"  # from the noised target pictures back to them | teachers: from noised samples to where DDIM leads
+    anchor_steps: int = 3  # of that DDIM
     fake_updates: int = 5  # k
     reuse_batch: bool = True
     timestep_law: str = "uniform"  # uniform | karras | quadratic
@@ -101,7 +104,10 @@ class PretrainSettings(LoopSettings):
     save_every: int = 1000
 
 
+METHODS: tuple[str, ...] = ("uni-dad", "finetune", "adapt-then-distill", "distill-then-adapt")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "anchor": ("pictures", "teachers"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
     "lr_decay": ("constant", "cosine"),
@@ -145,6 +151,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gan_weight": (0, 1e6),
     "disc_weight": (0, 1e6),
     "anchor_weight": (0, 1e6),
+    "anchor_steps": (1, 1000),
     "fake_updates": (1, 10**6),
     "target_warmup": (0, 10**9 - 1),
     "class_label": (-1, 10**9),
@@ -225,6 +232,18 @@ def _check_together(settings: LoopSettings) -> None:
         raise SettingsError(
             f"'augment' must be none or some of {', '.join(AUGMENTATIONS)}, not '{kind}'.{did_you_mean(kind, AUGMENTATIONS)}"
         ) from None
+    if settings.method in ("finetune", "distill-then-adapt"):
+        if settings.method != "finetune" and settings.student_init == "source":
+            raise SettingsError(
+                "'method' distill-then-adapt starts from a distilled student. Make one with `unidad distill` and give it as student_init."
+            )
+        return
+    if settings.method == "adapt-then-distill" and settings.target_warmup == 0:
+        raise SettingsError("'method' adapt-then-distill needs a first stage. Set target_warmup to its cycles.")
+    _check_uni_dad(settings)
+
+
+def _check_uni_dad(settings: TrainSettings) -> None:
     if settings.cycles <= settings.target_warmup:
         raise SettingsError(
             f"'target_warmup' is {settings.target_warmup} of {settings.cycles} cycles: the student would learn nothing."

@@ -54,7 +54,51 @@ _PUBLIC_CODE: dict[str, Any] = {
     "disc_weight": 0.05,
 }
 
+# The paper's rivals (METHOD §9) on the same model, pictures and student to start from.
+_RIVALS: dict[str, dict[str, Any]] = {
+    "avatars-finetune": {
+        "source": "bundled:avatars",
+        "method": "finetune",
+        "denoising": "v",
+        "batch_size": 8,
+        "lr": 1e-4,
+        "lr_decay": "cosine",
+        "warmup": 20,
+        "ema": 0.99,
+        "cycles": 600,
+    },
+    "avatars-distill": _AVATARS
+    | {
+        "student_init": "source",
+        "target_teacher": "off",
+        "a": 0.0,
+        "heads": "single",
+        "augment": "none",
+        "fake_updates": 3,
+        "batch_size": 16,
+        "lr": 3e-5,
+        "target_warmup": 0,
+        "cycles": 2400,
+        "hflip": False,
+    },
+    "avatars-adapt-then-distill": _AVATARS
+    | {"method": "adapt-then-distill", "a": 1.0, "heads": "single", "target_warmup": 600, "cycles": 2400},
+    "avatars-distill-then-adapt": {
+        "source": "bundled:avatars",
+        "student_init": "bundled:avatars-3step",
+        "method": "distill-then-adapt",
+        "denoising": "v",
+        "batch_size": 8,
+        "lr": 2e-5,
+        "lr_decay": "cosine",
+        "warmup": 20,
+        "ema": 0.99,
+        "cycles": 600,
+    },
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
+    **_RIVALS,
     "avatars": _AVATARS | {"cycles": 2400, "sample_every": 100, "save_every": 100},
     "avatars-demo": _AVATARS | {"cycles": 700, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
@@ -63,7 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fsig-far-paper": _FSIG | _PUBLIC_CODE | {"a": 0.75},
 }
 
-SUMMARIES: dict[str, str] = {
+SUMMARIES: dict[str, str] = {  # of those that `unidad train` is for; the rivals' are chosen by their command or --method
     "avatars": "the bundled 32x32 model, under an hour on 2 CPU cores",
     "avatars-demo": "the same, stopped within ten minutes (`make demo`)",
     "fsig-near": "the paper's few-shot track, target near the source (babies, sunglasses); needs a GPU",

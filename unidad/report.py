@@ -29,21 +29,27 @@ CURVES = ("dmd", "gan", "anchor", "disc", "disc_accuracy", "fake", "target")
 
 
 def write_report(
-    run: RunFolder, pictures: PictureSet, student: Backbone, source: Backbone, steps: list[int], label: int | None = None
+    run: RunFolder, pictures: PictureSet, product: Backbone, source: Backbone, steps: list[int] | None, label: int | None = None
 ) -> Path:
-    """Draw from student and source, score the student, and write grid.png and report.html; returns the page's path."""
+    """Draw from product and source, score the product, and write grid.png and report.html; returns the page's path.
+
+    Args:
+        product: the student, or, where `steps` is None, a many-step model.
+    """
+    name = "fine-tuned model" if steps is None else "student"
     began = time.perf_counter()
-    samples = draw(student, SCORED, steps=steps, label=label)
-    student_seconds = (time.perf_counter() - began) / SCORED
+    samples = draw(product, SCORED, steps=steps, ddim_steps=DDIM_STEPS, label=label)
+    product_seconds = (time.perf_counter() - began) / SCORED
     began = time.perf_counter()
     source_samples = draw(source, SHOWN, ddim_steps=DDIM_STEPS, label=label)
     source_seconds = (time.perf_counter() - began) / SHOWN
-    sheet = side_by_side(pictures.pixels, source_samples, samples[:SHOWN], len(steps))
+    k = DDIM_STEPS if steps is None else len(steps)
+    sheet = side_by_side(pictures.pixels, source_samples, samples[:SHOWN], f"{name}, {k} step{'s' if k > 1 else ''}")
     sheet.save(run.path / "grid.png")
     scores = {
-        "seconds a picture, student": round(student_seconds, 4),
+        f"seconds a picture, {name}": round(product_seconds, 4),
         f"seconds a picture, source at {DDIM_STEPS} DDIM steps": round(source_seconds, 4),
-        "student faster by": f"{source_seconds / student_seconds:.1f}x",
+        f"{name} faster by": f"{source_seconds / product_seconds:.1f}x",
     }
     scores |= closeness(samples, pictures.pixels[:SCORED])
     page = run.path / "report.html"
@@ -69,20 +75,20 @@ def closeness(samples: Tensor, pictures: Tensor) -> dict[str, Any]:
     return scores
 
 
-def side_by_side(targets: Tensor, source: Tensor, student: Tensor, k: int) -> Image.Image:
-    """Three captioned blocks: target pictures, source samples, student samples. All [N, 3, H, W] uint8."""
+def side_by_side(targets: Tensor, source: Tensor, drawn: Tensor, caption: str) -> Image.Image:
+    """Three captioned blocks: target pictures, source samples, the product's samples. All [N, 3, H, W] uint8."""
     scale = max(1, 96 // targets.shape[-1])
     blocks = [
         (f"target: {len(targets)} pictures", picture_grid(targets[:20], 5, scale)),
         ("source model", picture_grid(source[:20], 5, scale)),
-        (f"student, {k} step{'s' if k > 1 else ''}", picture_grid(student[:40], 10, scale)),
+        (caption, picture_grid(drawn[:40], 10, scale)),
     ]
     gap, head = 24, 26
     width = sum(block.width for _, block in blocks) + gap * (len(blocks) + 1)
     sheet = Image.new("RGB", (width, max(block.height for _, block in blocks) + head + 2 * gap), "white")
     ink, x = ImageDraw.Draw(sheet), gap
-    for caption, block in blocks:
-        ink.text((x, gap - 4), caption, fill="black", font_size=18)
+    for title, block in blocks:
+        ink.text((x, gap - 4), title, fill="black", font_size=18)
         sheet.paste(block, (x, head + gap))
         x += block.width + gap
     return sheet
@@ -170,7 +176,9 @@ table{border-collapse:collapse;font-size:.85em}th{text-align:left;font-weight:50
 def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict[str, Any]) -> str:
     facts, rows = run.read(), read_log(run.log)
     data, notes = facts["data"], facts["data"].get("notes", [])
-    timing: dict[str, Any] = {"updates of the student": rows[-1]["cycle"] if rows else 0}
+    steps = facts["student_steps"]
+    made = f"a {len(steps)}-step generator" if steps else "a fine-tuned many-step model"
+    timing: dict[str, Any] = {"cycles": rows[-1]["cycle"] if rows else 0}
     if rows:
         timing["training time"] = f"{rows[-1]['seconds'] / 60:.1f} minutes"
         timing["seconds a cycle"] = round(rows[-1]["seconds"] / max(1, rows[-1]["cycle"]), 3)
@@ -180,8 +188,8 @@ def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict
     machine = {"device": surroundings["device"], "commit": surroundings["commit"]} | surroundings["versions"]
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>unidad: {html.escape(data["target"])}</title>
 <style>{_STYLE}</style>
-<h1>{html.escape(data["target"])}: {data["count"]} pictures to a {len(facts["student_steps"])}-step generator</h1>
-<div class="wide"><img src="{_inline(sheet)}" alt="target pictures, source samples, student samples"></div>
+<h1>{html.escape(data["target"])}: {data["count"]} pictures to {made}</h1>
+<div class="wide"><img src="{_inline(sheet)}" alt="target pictures, source samples, samples of what was made"></div>
 <h2>Scores and timing</h2>{_table(scores | timing)}
 <h2>Over time</h2>{_over_time(run)}
 <h2>Losses</h2>{_curves(rows)}

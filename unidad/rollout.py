@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unidad.backbones.base import Backbone
+from unidad.noise import NoiseSchedule
 
 ROLLOUT_GRADS: tuple[str, ...] = ("all", "last", "random")
 Noise = Callable[[], Tensor]
@@ -46,25 +47,33 @@ def rollout(
     return xhat
 
 
-@torch.no_grad()
-def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = None, clip: bool = True) -> Tensor:
-    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta 0) from `noise` [B, C, H, W] in `n_steps` network evaluations.
+Predict = Callable[[Tensor, Tensor], Tensor]
 
-    Timesteps are evenly spaced from T-1 down ("trailing"); x0-predictions are clipped to [-1, 1] when `clip`.
+
+@torch.no_grad()
+def ddim_path(predict: Predict, schedule: NoiseSchedule, x: Tensor, taus: Sequence[int], clip: bool = True) -> Tensor:
+    """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta 0) from `x` [B, C, H, W], which has the noise of taus[0].
+
+    Args:
+        predict: x_t [B, C, H, W] and t [B] int64 -> x0-prediction.
+        taus: falling timesteps, one network evaluation each; the prediction at the last is the result.
+        clip: clamp every x0-prediction to [-1, 1].
     """
-    total = len(model.schedule)
-    taus = [round(total - i * total / n_steps) - 1 for i in range(n_steps)]
-    x = noise
     for i, tau in enumerate(taus):
         t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
-        alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
-        xhat = model.x0(x, t, labels)
+        alpha, sigma = schedule.alpha_sigma(t, x.ndim)
+        xhat = predict(x, t)
         xhat = xhat.clamp(-1, 1) if clip else xhat
-        if i + 1 == len(taus):
-            return xhat
-        eps = (x - alpha * xhat) / sigma
-        x = model.schedule.add_noise(xhat, eps, torch.full_like(t, taus[i + 1]))
+        if i + 1 < len(taus):
+            x = schedule.add_noise(xhat, (x - alpha * xhat) / sigma, torch.full_like(t, taus[i + 1]))
     return xhat
+
+
+def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = None, clip: bool = True) -> Tensor:
+    """`ddim_path` from pure noise [B, C, H, W] in `n_steps` network evaluations, evenly spaced from T-1 down ("trailing")."""
+    total = len(model.schedule)
+    taus = [round(total - i * total / n_steps) - 1 for i in range(n_steps)]
+    return ddim_path(lambda x, t: model.x0(x, t, labels), model.schedule, noise, taus, clip)
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Noise:

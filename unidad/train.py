@@ -133,6 +133,8 @@ class Trainer:
                 self._sample()
 
     def _cycle(self) -> None:
+        if (self.place.phase, self.place.repeat) == (0, 0):
+            self._start_stage(self.method.start_cycle(self.place.cycle))
         phases = self.method.cycle_phases(self.place.cycle)
         while self.place.phase < len(phases):
             phase = phases[self.place.phase]
@@ -144,6 +146,11 @@ class Trainer:
         self.place.cycle, self.place.phase = self.place.cycle + 1, 0
         if self.ema is not None:
             self.ema.update_parameters(self.method.networks[self.method.product])
+
+    def _start_stage(self, replaced: tuple[str, ...]) -> None:
+        if self.ema is not None and self.method.product in replaced:
+            self.ema.module.load_state_dict(self.method.networks[self.method.product].state_dict())
+            self.ema.n_averaged.zero_()
 
     def _stop_if_asked(self) -> None:
         if self._stop is not None:

@@ -61,6 +61,13 @@ class Method(ABC):
         if carried:
             raise ValueError("this method carries nothing between updates")
 
+    def start_cycle(self, cycle: int) -> tuple[str, ...]:
+        """Called before a cycle's first update, and again if the run is resumed there: where one stage hands weights to the next.
+
+        Returns the names of the networks whose weights it replaced; averaging starts over from them.
+        """
+        return ()
+
     def cycle_phases(self, cycle: int) -> list[Phase]:
         """Phases of one cycle, in order."""
         return [p for p in self.phases if p.repeats and p.begins <= cycle and (p.ends is None or cycle < p.ends)]

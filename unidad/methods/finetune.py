@@ -1,6 +1,10 @@
-"""Plain denoising training of one network: pretraining from scratch, and fine-tuning (the paper's baseline FT)."""
+"""Plain denoising training of one network: pretraining from scratch, fine-tuning (the paper's baseline FT), and fine-tuning of a
+few-step student at its own timesteps (the second stage of the baseline DMD2-FT).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +14,20 @@ from unidad.losses import denoising_loss
 from unidad.methods.base import Losses, Method, Phase
 
 
-def denoise(model: Backbone, x: Tensor, generator: torch.Generator, kind: str, label: int | None = None) -> Tensor:
-    """L_denoise of METHOD §6: one x0-prediction of noised x at t ~ U{0..T-1}; x is [B, C, H, W] in [-1, 1]."""
-    t = model.schedule.uniform(len(x), generator)
+def denoise(
+    model: Backbone,
+    x: Tensor,
+    generator: torch.Generator,
+    kind: str,
+    label: int | None = None,
+    timesteps: Sequence[int] | None = None,
+) -> Tensor:
+    """L_denoise of METHOD §6: one x0-prediction of noised x at t ~ U{0..T-1}, or uniform over `timesteps`; x is [B, C, H, W]."""
+    if timesteps is None:
+        t = model.schedule.uniform(len(x), generator)
+    else:
+        index = torch.randint(0, len(timesteps), (len(x),), generator=generator, device=x.device)
+        t = torch.tensor(timesteps, device=x.device)[index]
     eps = torch.randn(x.shape, generator=generator, device=x.device)
     alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
     labels = None if label is None else torch.full_like(t, label)
@@ -23,19 +38,27 @@ class Finetune(Method):
     """One network, one phase.
 
     Args:
-        model: the network, trained in place.
+        model: the network, trained in place; called "student" where it has `student_steps`, else "model".
         generator: source of timesteps and noise, on the model's device.
         denoising: which weighting, see `denoising_loss`.
         label: class of every picture, for a class-conditional network.
+        student_steps: of a few-step student, which is trained at these timesteps only.
     """
 
-    product = "model"
-
-    def __init__(self, model: Backbone, generator: torch.Generator, denoising: str = "epsilon", label: int | None = None):
-        self.networks = {"model": model}
+    def __init__(
+        self,
+        model: Backbone,
+        generator: torch.Generator,
+        denoising: str = "epsilon",
+        label: int | None = None,
+        student_steps: list[int] | None = None,
+    ):
+        self.product = "student" if student_steps else "model"
+        self.student_steps = student_steps
+        self.networks = {self.product: model}
         self._model, self._generator, self._denoising, self._label = model, generator, denoising, label
-        self.phases = [Phase("model", ("model",), 1, self.loss)]
+        self.phases = [Phase(self.product, (self.product,), 1, self.loss)]
 
     def loss(self, pictures: Tensor) -> Losses:
         """L_denoise on real pictures [B, C, H, W]."""
-        return {"total": denoise(self._model, pictures, self._generator, self._denoising, self._label)}
+        return {"total": denoise(self._model, pictures, self._generator, self._denoising, self._label, self.student_steps)}

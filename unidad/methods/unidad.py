@@ -24,7 +24,7 @@ from unidad.losses import (
 )
 from unidad.methods.base import Losses, Method, Phase
 from unidad.methods.finetune import denoise
-from unidad.rollout import batch_noise, rollout
+from unidad.rollout import batch_noise, ddim_path, rollout
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Objective:
         a: weight of the target teacher against the source teacher, in [0, 1].
         dmd_weight: of L_DMD; 0 leaves the GAN alone.
         gan_weight: lambda_G. disc_weight: lambda_D.
-        anchor_weight: of L_denoise of the student itself, on real pictures at its last timestep tau_K. Not in the paper, so 0 by
-            default: it keeps the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
+        anchor_weight: of L_denoise of the student itself at its last timestep tau_K. Not in the paper, so 0 by default: it keeps
+            the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
+        anchor: "pictures" noises the target pictures and asks for them back; "teachers" noises student samples and asks for
+            where `anchor_steps` of DDIM with the two teachers, mixed by a, lead.
         fake_updates: k, fake-teacher updates per cycle.
         reuse_batch: the student's own batch serves the first of the k (METHOD §8).
         rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
@@ -54,6 +56,8 @@ class Objective:
     gradient_penalty_weight: float = 10.0
     augment: str = "none"
     anchor_weight: float = 0.0
+    anchor: str = "pictures"
+    anchor_steps: int = 3
     features: Granularity = "stage"
     fake_updates: int = 5
     reuse_batch: bool = True
@@ -193,17 +197,30 @@ class UniDAD(Method):
             losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
-            losses["anchor"] = self.anchor(pictures)
+            losses["anchor"] = self.anchor(x.detach() if self.o.anchor == "teachers" else pictures)
             total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
             self._fresh.append(x.detach())
         return losses | {"total": total}
 
-    def anchor(self, pictures: Tensor) -> Tensor:
-        """L_denoise of the student on real pictures [B, C, H, W] noised to tau_K."""
-        t = torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
-        x_t, alpha, sigma = self._noised(pictures, t)
-        return denoising_loss(pictures, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
+    def anchor(self, clean: Tensor) -> Tensor:
+        """L_denoise of the student at tau_K, from pictures [B, C, H, W]: back to them, or to where the teachers' DDIM would lead."""
+        t = torch.full((len(clean),), self.student_steps[-1], device=clean.device)
+        x_t, alpha, sigma = self._noised(clean, t)
+        if self.o.anchor == "teachers":
+            tau, n = self.student_steps[-1], self.o.anchor_steps
+            clean = ddim_path(self.teachers_x0, self.student.schedule, x_t, [tau - tau * i // n for i in range(n)])
+        return denoising_loss(clean, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
+
+    @torch.no_grad()
+    def teachers_x0(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(1 - a) xhat_src + a xhat_trg for x_t [B, C, H, W] and t [B]."""
+        labels, a = self._labels(len(x_t)), self.o.a
+        mixed = torch.zeros_like(x_t)
+        for weight, teacher in ((1 - a, self.source_teacher), (a, self.target_teacher)):
+            if weight > 0 and teacher is not None:
+                mixed = mixed + weight * teacher.x0(x_t, t, labels)
+        return mixed
 
     def _student_batch(self) -> Tensor:
         if self.o.rollout_grad != "random":
