@@ -24,7 +24,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)  ## the README's numbers; draws held-out pictures first (needs node and npm), about two hours on two CPU cores
-	$(BIN)/python benchmarks/avatars.py
+	$(BIN)/python benchmarks/avatarshift.py
 
 soak: $(READY)  ## the long tests: random kills and whatever else takes minutes
 	$(BIN)/python -m pytest -m slow

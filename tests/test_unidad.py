@@ -8,6 +8,7 @@ from unidad.heads import MultiHead, SingleHead, build_heads
 from unidad.losses import GAN_LOSSES, denoising_loss, gan_discriminator_loss
 from unidad.methods.base import only_training
 from unidad.methods.unidad import Objective, UniDAD
+from unidad.rollout import ddim_path
 
 
 def pictures(n: int = 2) -> torch.Tensor:
@@ -352,6 +353,49 @@ def test_the_anchor_is_the_students_own_denoising_loss_at_its_last_step():
     alpha, sigma = method.student.schedule.alpha_sigma(t, 4)
     xhat = method.student.x0(alpha * y + sigma * eps, t)
     assert anchor.item() == pytest.approx((((alpha / sigma) ** 2 + 1) * (xhat - y) ** 2).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "teacher", "other"), [(0.75, "target_teacher", "source_teacher"), (0.0, "source_teacher", "target_teacher")]
+)
+def test_the_anchor_to_a_teacher_leads_where_its_ddim_leads(a, teacher, other):
+    """Three evaluations for each of the student's steps left, of the target teacher if it has a weight."""
+    method = tiny.unidad(a=a, anchor_weight=2.0, anchor="teacher", gan_weight=0.0, denoising="v")
+    asked: dict[str, list[int]] = {teacher: [], other: []}
+    for name in asked:
+        network = method.networks[name]
+
+        def x0(x_t, t, labels=None, network=network, name=name):
+            asked[name].append(int(t[0]))
+            return type(network).x0(network, x_t, t, labels)
+
+        network.x0 = x0
+    x_t = torch.randn(2, *tiny.SHAPE)
+    end = method.teacher_end(x_t, 0)
+    assert asked == {teacher: [999, 833, 666, 499, 333, 167], other: []}
+    assert torch.equal(
+        end, ddim_path(lambda x, t: method.networks[teacher].x0(x, t), method.student.schedule, x_t, asked[teacher][:6])
+    )
+    asked[teacher].clear()
+    method.teacher_end(x_t, 1)
+    assert asked[teacher] == [499, 333, 167]
+
+    student = tiny.phase(method, "student")
+    assert not student.needs_data
+    losses = run_phase(method, student)
+    assert reached(method) == {"student"}
+    assert losses["total"].item() == pytest.approx((losses["dmd"] + 2 * losses["anchor"]).item())
+
+
+def test_the_anchor_to_a_teacher_is_zero_for_a_student_that_ends_where_the_teacher_does():
+    """The exact denoiser of a point (std 0) is its own ODE's end, at every timestep."""
+    method = tiny.unidad(anchor_weight=1.0, anchor="teacher", gan_weight=0.0)
+    point = tiny.GaussianBackbone(0.3, 0.0)
+    method.student = method.target_teacher = method.networks["target_teacher"] = point
+    x = torch.randn(2, *point.shape)
+    assert method.anchor(x).item() == pytest.approx(0.0, abs=1e-10)
+    method.student = tiny.GaussianBackbone(0.5, 0.0)
+    assert method.anchor(x).item() > 1e-6
 
 
 def test_without_an_anchor_the_student_looks_at_no_picture():

@@ -69,9 +69,9 @@ class TrainSettings(LoopSettings):
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
-    anchor_weight: float = 0.0  # of the student's own denoising loss at its last step; 0 in the paper
-    anchor: str = "pictures"  # from the noised target pictures back to them | teachers: from noised samples to where DDIM leads
-    anchor_steps: int = 3  # of that DDIM
+    anchor_weight: float = 0.0  # of the student's own denoising loss; 0 in the paper
+    anchor: str = "pictures"  # from noised target pictures back to them | teacher: from noised samples to where its DDIM leads
+    anchor_steps: int = 3  # of that DDIM, for each of the student's
     fake_updates: int = 5  # k
     reuse_batch: bool = True
     timestep_law: str = "uniform"  # uniform | karras | quadratic
@@ -107,7 +107,7 @@ class PretrainSettings(LoopSettings):
 METHODS: tuple[str, ...] = ("uni-dad", "finetune", "adapt-then-distill", "distill-then-adapt")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
-    "anchor": ("pictures", "teachers"),
+    "anchor": ("pictures", "teacher"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
     "lr_decay": ("constant", "cosine"),

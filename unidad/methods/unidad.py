@@ -7,6 +7,7 @@ teacher once on the target pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ class Objective:
         gan_weight: lambda_G. disc_weight: lambda_D.
         anchor_weight: of L_denoise of the student itself at its last timestep tau_K. Not in the paper, so 0 by default: it keeps
             the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
-        anchor: "pictures" noises the target pictures and asks for them back; "teachers" noises student samples and asks for
-            where `anchor_steps` of DDIM with the two teachers, mixed by a, lead.
+        anchor: "pictures" noises the target pictures and asks for them back; "teacher" noises student samples to any of its timesteps
+            and asks for where the target teacher's DDIM (the source teacher's if there is no other) leads, see `UniDAD.anchor`.
         fake_updates: k, fake-teacher updates per cycle.
         reuse_batch: the student's own batch serves the first of the k (METHOD §8).
         rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
@@ -138,8 +139,9 @@ class UniDAD(Method):
         learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
         trains_target = objective.uses_target and train_target
         first, k = target_warmup if trains_target else 0, objective.fake_updates
+        looks = objective.anchor_weight > 0 and objective.anchor == "pictures"
         self.phases = [
-            Phase("student", ("student",), 1, self.student_loss, objective.anchor_weight > 0, begins=first),
+            Phase("student", ("student",), 1, self.student_loss, looks, begins=first),
             Phase("fake_teacher", learners, k, self.fake_teacher_loss, needs_data=objective.uses_gan, begins=first),
         ]
         if trains_target:
@@ -183,7 +185,7 @@ class UniDAD(Method):
     def student_loss(self, pictures: Tensor) -> Losses:
         """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN.
 
-        The pictures [B, C, H, W] are those that the anchor, where it has a weight, is computed on.
+        The pictures [B, C, H, W] are those that an anchor of that kind is computed on.
         """
         x = self._student_batch()
         losses: Losses = {}
@@ -197,30 +199,35 @@ class UniDAD(Method):
             losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
-            losses["anchor"] = self.anchor(x.detach() if self.o.anchor == "teachers" else pictures)
+            losses["anchor"] = self.anchor(x.detach() if self.o.anchor == "teacher" else pictures)
             total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
             self._fresh.append(x.detach())
         return losses | {"total": total}
 
     def anchor(self, clean: Tensor) -> Tensor:
-        """L_denoise of the student at tau_K, from pictures [B, C, H, W]: back to them, or to where the teachers' DDIM would lead."""
-        t = torch.full((len(clean),), self.student_steps[-1], device=clean.device)
+        """L_denoise of the student, from pictures [B, C, H, W].
+
+        With "pictures": noised to tau_K, back to them. With "teacher": noised to a random tau_k, to where `anchor_steps` of DDIM for
+        each of the steps left would take a teacher, the target teacher if there is one (regression onto the teacher's ODE as in DMD,
+        arXiv 2311.18828, section 4.2, on the way instead of from a stored set).
+        """
+        k = len(self.student_steps) - 1
+        if self.o.anchor == "teacher":
+            k = int(torch.randint(0, k + 1, (), generator=self.generator, device=clean.device))
+        t = torch.full((len(clean),), self.student_steps[k], device=clean.device)
         x_t, alpha, sigma = self._noised(clean, t)
-        if self.o.anchor == "teachers":
-            tau, n = self.student_steps[-1], self.o.anchor_steps
-            clean = ddim_path(self.teachers_x0, self.student.schedule, x_t, [tau - tau * i // n for i in range(n)])
+        if self.o.anchor == "teacher":
+            clean = self.teacher_end(x_t, k)
         return denoising_loss(clean, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
 
-    @torch.no_grad()
-    def teachers_x0(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """(1 - a) xhat_src + a xhat_trg for x_t [B, C, H, W] and t [B]."""
-        labels, a = self._labels(len(x_t)), self.o.a
-        mixed = torch.zeros_like(x_t)
-        for weight, teacher in ((1 - a, self.source_teacher), (a, self.target_teacher)):
-            if weight > 0 and teacher is not None:
-                mixed = mixed + weight * teacher.x0(x_t, t, labels)
-        return mixed
+    def teacher_end(self, x_t: Tensor, k: int) -> Tensor:
+        """Where the teacher's DDIM leads from x_t [B, C, H, W], which has the noise of the student's timestep number k."""
+        teacher = self.target_teacher if self.o.uses_target else self.source_teacher
+        assert teacher is not None
+        labels, taus, n = self._labels(len(x_t)), [*self.student_steps[k:], 0], self.o.anchor_steps
+        path = [high - (high - low) * i // n for high, low in pairwise(taus) for i in range(n)]
+        return ddim_path(lambda x, t: teacher.x0(x, t, labels), teacher.schedule, x_t, path)
 
     def _student_batch(self) -> Tensor:
         if self.o.rollout_grad != "random":

@@ -1,0 +1,227 @@
+"""AvatarShift: every method on the same source model and the same ten pictures, scored against pictures none of them saw.
+
+    python benchmarks/avatarshift.py                                       Uni-DAD on toonHead and bottts: the README's numbers
+    python benchmarks/avatarshift.py --targets toonHead my_folder --methods all --seeds 0 1 2
+    python benchmarks/avatarshift.py --methods uni-dad ft-50 --set cycles=300
+
+A target is toonHead, lorelei, bottts or sunglasses, whose 2,000 held-out pictures scripts/avatars/draw.mjs draws once (needs node
+and npm), or a folder with two folders in it, train/ and heldout/. Every cell (target, method, seed) is a run of its own under
+--runs; finished ones are not repeated and broken-off ones go on. Results: a JSON file, a Markdown table, and a grid for each target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from unidad.backbones.load import bundled_names, bundled_path
+from unidad.commands import draw_from, load_product
+from unidad.data import list_pictures, load_folder, picture_grid
+from unidad.metrics.evaluate import evaluate
+from unidad.metrics.features import EfficientNetLite0
+from unidad.report import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts" / "avatars"
+SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "intra_diversity", "copying")
+SAMPLE_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: which run it draws from, how that is trained, and in how many steps it draws."""
+
+    run: str  # rows that share it share the training; "" is the source model itself
+    preset: str = "avatars"
+    settings: dict[str, Any] = field(default_factory=dict)
+    nfe: int | None = None
+    shots: int = 10
+
+
+def _uni_dad(name: str, **settings: Any) -> Row:
+    return Row(name, settings=settings)
+
+
+METHODS: dict[str, Row] = {
+    "source-50": Row("", nfe=50),
+    "ft-50": Row("ft", "avatars-finetune", nfe=50),
+    "ft-25": Row("ft", "avatars-finetune", nfe=25),
+    "ft-dmd2": Row("ft-dmd2", "avatars-adapt-then-distill"),
+    "dmd2-ft": Row("dmd2-ft", "avatars-distill-then-adapt"),
+    "uni-dad": _uni_dad("uni-dad"),
+    "uni-dad-k1": _uni_dad("uni-dad-k1", steps=1),
+    "uni-dad-k2": _uni_dad("uni-dad-k2", steps=2),
+    "uni-dad-k4": _uni_dad("uni-dad-k4", steps=4),
+    "no-target-teacher": _uni_dad("no-target-teacher", a=0.0, target_teacher="off", target_warmup=0),
+    "gan-only": _uni_dad("gan-only", dmd_weight=0.0, anchor_weight=0.0, target_warmup=0),
+    "dmd-source": _uni_dad("dmd-source", a=0.0, target_teacher="off", gan_weight=0.0, disc_weight=0.0, target_warmup=0),
+    "dmd-target": _uni_dad("dmd-target", a=1.0, gan_weight=0.0, disc_weight=0.0),
+    "single-head": _uni_dad("single-head", heads="single"),
+    "mean-logit": _uni_dad("mean-logit", gan_aggregation="mean_logit"),
+    "no-anchor": _uni_dad("no-anchor", anchor_weight=0.0),
+    **{f"a-{a:g}": _uni_dad(f"a-{a:g}", a=a) for a in (0.0, 0.25, 0.5, 0.75, 1.0)},
+    "shots-1": Row("shots-1", shots=1),
+    "shots-5": Row("shots-5", shots=5),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Ten pictures to learn from and held-out ones to be judged by."""
+
+    name: str
+    train: Path
+    heldout: Path
+
+
+def find_target(name: str, folder: Path, count: int = 2000) -> Target:
+    """A bundled target, its held-out pictures drawn if they are not there, or a folder with train/ and heldout/."""
+    if name not in bundled_names("targets"):
+        path = Path(name)
+        return Target(path.name, path / "train", path / "heldout")
+    out = folder / name
+    if not out.is_dir() or sum(1 for _ in out.glob("*.png")) < count:
+        if not (SCRIPTS / "node_modules").is_dir():
+            subprocess.run(["npm", "ci"], cwd=SCRIPTS, check=True)
+        options = {"--domain": name, "--count": str(count), "--prefix": "heldout", "--out": str(out.resolve())}
+        subprocess.run(["node", "draw.mjs", *(word for pair in options.items() for word in pair)], cwd=SCRIPTS, check=True)
+    return Target(name, bundled_path(f"bundled:{name}", "targets"), out)
+
+
+def few(target: Target, shots: int, folder: Path) -> Path:
+    """The target's folder of pictures, or one with copies of its first `shots`."""
+    pictures = list_pictures(target.train)
+    if shots >= len(pictures):
+        return target.train
+    out = folder / f"{target.name}-{shots}"
+    out.mkdir(parents=True, exist_ok=True)
+    for path in pictures[:shots]:
+        shutil.copy(path, out / path.name)
+    return out
+
+
+def train_cell(row: Row, pictures: Path, out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Run `unidad train` in a process of its own, unless it is done; what it cost is kept beside it."""
+    done = out / "cost.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    pairs = [f"{k}={v}" for k, v in row.settings.items()] + overrides
+    options = [word for pair in pairs for word in ("--set", pair)]
+    command = [sys.executable, "-m", "unidad.cli", "train", "--target", str(pictures), "--out", str(out), "--preset", row.preset]
+    process = subprocess.Popen([*command, "--seed", str(seed), "--resume", *options])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"The run in {out} failed; its own message is above. Start the benchmark again to go on.")
+    last = read_log(out / "log.jsonl")[-1]
+    cost = {"minutes": last["seconds"] / 60, "updates": last["updates"], "peak_gb": usage.ru_maxrss / 1e6}
+    done.write_text(json.dumps(cost) + "\n")
+    return cost
+
+
+def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extractor: EfficientNetLite0) -> dict[str, Any]:
+    """Train if need be, draw, score; the result is kept beside the run."""
+    row = METHODS[name]
+    out = args.runs / target.name / f"{row.run}-seed{seed}" if row.run else None
+    kept = args.runs / target.name / f"{name}-seed{seed}-n{args.n}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set) if out else {}
+    model = load_product(out or "bundled:avatars")
+    samples = draw_from(model, args.n, row.nfe, SAMPLE_SEED, 50, "auto")
+    size = samples.shape[-1]
+    reference, train = load_folder(target.heldout, size).pixels, load_folder(target.train, size).pixels
+    scores = evaluate(samples, reference, train, extractor, cache_dir=args.runs / "features")
+    nfe = row.nfe or len(model.student_steps or [])
+    result = {"target": target.name, "method": name, "seed": seed, "nfe": nfe, "n": args.n, "set": args.set}
+    result |= {key: scores[key] for key in SCORES} | cost
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    picture_grid(samples[:16], 16, 2).save(kept.with_suffix(".png"))
+    kept.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results as Markdown: mean over seeds, and the spread where there are several."""
+    columns = {"FD": "frechet_distance", "KID": "kernel_distance", "precision": "precision", "recall": "recall"}
+    columns |= {"coverage": "coverage", "diversity": "intra_diversity", "copying": "copying", "minutes": "minutes", "GB": "peak_gb"}
+    lines = [f"| target | method | NFE | updates of the product | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["target"], result["method"]), []).append(result)
+    for (target, method), rows in groups.items():
+        updates = rows[0].get("updates", {})
+        cells = [target, method, str(rows[0]["nfe"]), str(updates.get("student", updates.get("model", "")))]
+        for key in columns.values():
+            values = [row[key] for row in rows if row.get(key) is not None]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grid(target: Target, results: list[dict[str, Any]], args: argparse.Namespace) -> Image.Image:
+    """One labelled row of samples for each method, the training pictures first."""
+    strips = {"the ten pictures": picture_grid(load_folder(target.train, 32).pixels, 16, 2)}
+    for result in results:
+        if result["target"] == target.name and result["seed"] == args.seeds[0]:
+            stem = f"{result['method']}-seed{result['seed']}-n{args.n}.png"
+            strips[f"{result['method']}, NFE {result['nfe']}"] = Image.open(args.runs / target.name / stem)
+    height, left = max(strip.height for strip in strips.values()) + 4, 170
+    sheet = Image.new("RGB", (left + max(strip.width for strip in strips.values()), height * len(strips)), "white")
+    for i, (label, strip) in enumerate(strips.items()):
+        ImageDraw.Draw(sheet).text((6, i * height + height // 2 - 8), label, fill="black", font_size=14)
+        sheet.paste(strip, (left, i * height))
+    return sheet
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=["toonHead", "bottts"])
+    parser.add_argument("--methods", nargs="+", default=["source-50", "uni-dad"], choices=["all", *METHODS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every trained method")
+    parser.add_argument("--n", type=int, default=1000, help="samples to score")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bench")
+    parser.add_argument("--heldout", type=Path, default=ROOT / "data" / "heldout")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    args.methods = list(METHODS) if "all" in args.methods else args.methods
+    return args
+
+
+def main() -> int:
+    """Run what is asked for; results are written after every cell."""
+    args, extractor, results = parse(), EfficientNetLite0(), []
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.targets:
+        target = find_target(name, args.heldout)
+        for seed in args.seeds:
+            for method in args.methods:
+                results.append(cell(target, method, seed, args, extractor))
+                facts = {
+                    "torch": torch.__version__,
+                    "threads": torch.get_num_threads(),
+                    "features": extractor.name,
+                    "results": results,
+                }
+                (args.out / "avatarshift.json").write_text(json.dumps(facts, indent=1) + "\n")
+                (args.out / "avatarshift.md").write_text(table(results) + "\n")
+        grid(target, results, args).save(args.out / f"{target.name}.png")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
