@@ -223,3 +223,11 @@ def test_settings_that_a_rival_cannot_use(arguments, words, tmp_path, picture_fo
 def test_pictures_must_be_given(command, capsys):
     assert main(command) == 2
     assert ("--data" if command == ["distill"] else "--target") in capsys.readouterr().err
+
+
+def test_a_rivals_card_says_how_it_was_made(distilled, source, picture_folder, tmp_path):
+    start = ["--set", f"student_init={distilled}", "--source", str(source)]
+    assert main([*JOBS["distill-then-adapt"], str(picture_folder), "--out", str(tmp_path / "run"), *QUICK, *start]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 0
+    for folder in (tmp_path / "run" / "student", tmp_path / "exported"):
+        assert "fine-tuned at its own timesteps" in (folder / "README.md").read_text()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from torch import nn
 
 from unidad import checkpoint
@@ -473,3 +475,15 @@ def test_damaged_run_json_is_refused(tmp_path):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"run\.json"), open_run(tmp_path, FACTS, resume=True):
             pass
+
+
+def test_the_time_left_is_told_at_the_pace_of_the_last_lines(tmp_path):
+    """The cycles of a warm-up are cheap; an average over all of them would promise too much."""
+    text = io.StringIO()
+    log = Log(RunFolder(tmp_path), Accelerator(cpu=True), Console(file=text, force_terminal=False))
+    with log.progress(0, 100):
+        for cycle, seconds in ((10, 1.0), (40, 20.0), (50, 80.0)):
+            log.add("phase", {"total": torch.tensor(0.5)})
+            log.flush(cycle, seconds, {})
+    lines = text.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["cycle 40 of 100, about 1 min left", "cycle 50 of 100, about 5 min left"]

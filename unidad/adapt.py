@@ -20,7 +20,7 @@ from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.config import TrainSettings, as_dict
 from unidad.data import PictureSet, PictureStream, load_folder
 from unidad.errors import ModelError, SettingsError
-from unidad.export import save_source, save_student
+from unidad.export import MADE, save_source, save_student
 from unidad.heads import build_heads
 from unidad.log import Log
 from unidad.methods.base import Method
@@ -233,6 +233,7 @@ def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: Tra
         "about": about,
         "source": public_name(settings.source),
         "target": f"{name} ({len(parts.pictures)} pictures)",
+        "made": MADE[settings.method],
     }
     if settings.class_label >= 0:
         facts["class_label"] = settings.class_label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_rest, **_more: console.print(f"Note: {message}", highlight=False)
     _quiet_libraries()
     try:
-        return args.run(args, console)
+        code = args.run(args, console)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"unidad: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 1
     except OSError as error:
         where = f" '{error.filename}'" if error.filename else ""
         print(

@@ -15,7 +15,7 @@ from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
 from unidad.errors import CheckpointError, DataError, SettingsError
-from unidad.export import save_source, save_student
+from unidad.export import MADE, save_source, save_student
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
 from unidad.train import pick_device
@@ -187,6 +187,7 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
             "about": "Exported with unidad.",
             "source": source,
             "target": f"{data.get('target')} ({data.get('count')} pictures)",
+            "made": MADE[run.read()["settings"].get("method", "uni-dad")],
         }
     if model.student_steps is None:
         save_source(model.backbone, model.scheduler, out, facts, half)

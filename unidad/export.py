@@ -101,6 +101,13 @@ def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: boo
         raise CheckpointError(f"'{out}' cannot be written: {error}. Give another folder or free some space.") from None
 
 
+# How a product was made, for its card, by the setting `method`.
+MADE: dict[str, str] = {
+    "uni-dad": "Distilled and adapted in one stage by Uni-DAD (arXiv 2511.18281).",
+    "finetune": "Fine-tuned from the source model.",
+    "adapt-then-distill": "Adapted by fine-tuning, then distilled by DMD2 (arXiv 2405.14867): the two-stage rival of Uni-DAD.",
+    "distill-then-adapt": "Distilled, then fine-tuned at its own timesteps: the two-stage rival of Uni-DAD.",
+}
 _HEADER = """---
 library_name: diffusers
 tags: [unconditional-image-generation{tags}]
@@ -141,7 +148,7 @@ def _student_card(steps: list[int], facts: dict[str, Any], stock: bool) -> str:
 
 {facts.get("about", "")}
 
-Distilled and adapted in one stage by Uni-DAD (arXiv 2511.18281). It draws in {k} network evaluations, at timesteps {steps}.
+{facts.get("made", MADE["uni-dad"])} It draws in {k} network evaluations, at timesteps {steps}.
 
 ```python
 import torch

@@ -33,7 +33,7 @@ class Log:
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._printed = 0.0
+        self._printed: tuple[float, int] | None = None  # seconds and cycle of the last line
         self._total = 0
         self._limit = 0.0
 
@@ -65,9 +65,10 @@ class Log:
         text = "  ".join(f"{name} {short[name]:.3g}" for name in SHOWN if name in short and (name != "total" or len(short) < 4))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=cycle, losses=text)
-        if self.console is not None and not self.console.is_terminal and seconds - self._printed >= 15:
-            self._printed = seconds
-            left = seconds / max(1, cycle) * (self._total - cycle) / 60
+        before, since = self._printed = self._printed or (seconds, cycle)
+        if self.console is not None and not self.console.is_terminal and seconds - before >= 15:
+            self._printed = seconds, cycle
+            left = (seconds - before) / max(1, cycle - since) * (self._total - cycle) / 60  # at the pace of the last lines
             left = min(left, max(0.0, self._limit - seconds / 60)) if self._limit else left
             self.console.print(f"cycle {cycle} of {self._total}, about {left:.0f} min left  {text}", highlight=False)
 
@@ -103,6 +104,7 @@ class Log:
     def progress(self, done: int, total: int, minutes: float = 0.0) -> Iterator[None]:
         """Draw the bar while the block runs, where there is a terminal."""
         self._total, self._limit = total, minutes
+        self._printed = None
         if self.console is None or not self.console.is_terminal:
             yield
             return

@@ -1,4 +1,4 @@
-"""The bundled 3-step student, first part: regression onto the source teacher's ODE (as in DMD, arXiv 2311.18828, section 4.2).
+"""The bundled 3-step student, regression onto the source teacher's ODE (as in DMD, arXiv 2311.18828, section 4.2).
 
     python scripts/avatars/regress.py --out runs/avatars-3step-regressed
 
@@ -98,8 +98,9 @@ def main() -> None:
     student = model.backbone.train().requires_grad_(True)
     averaged = regress(student, data, steps, args.updates, args.rate).module.eval()
     assert isinstance(averaged, UNet2DBackbone)
-    about = f"Draws like '{args.source}' in 3 steps: regressed onto the ends of its DDIM trajectories."
-    save_student(averaged, model.scheduler, steps, args.out / "student", {"about": about, "source": args.source}, half=True)
+    facts = {"about": "Draws like its source in 3 steps.", "source": args.source, "target": "none"}
+    facts["made"] = "Regressed onto the ends of the source's DDIM trajectories (scripts/avatars/regress.py)."
+    save_student(averaged, model.scheduler, steps, args.out / "student", facts, half=True)
 
 
 if __name__ == "__main__":

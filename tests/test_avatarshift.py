@@ -1,0 +1,56 @@
+"""The benchmark's own pieces; its cells are runs of the command line, which has tests of its own."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unidad.config import TrainSettings, build_settings
+from unidad.presets import PRESETS
+
+
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).parent.parent / "benchmarks" / "avatarshift.py"
+    spec = importlib.util.spec_from_file_location("avatarshift", path)
+    sys.modules["avatarshift"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_is_a_run_that_can_be_set_up(bench):
+    for name, row in bench.METHODS.items():
+        if row.run:
+            settings = build_settings(TrainSettings, PRESETS[row.preset], row.settings)
+            assert settings.source == "bundled:avatars", name
+
+
+def test_rows_that_share_a_run_share_its_settings(bench):
+    seen = {}
+    for row in bench.METHODS.values():
+        assert seen.setdefault(row.run, (row.preset, row.settings)) == (row.preset, row.settings)
+
+
+def test_the_table_has_means_over_seeds_and_their_spread(bench):
+    base = dict.fromkeys(bench.SCORES, 0.5) | {"target": "t", "nfe": 3, "minutes": 2.0, "peak_gb": 1.0, "updates": {"student": 7}}
+    results = [base | {"method": "m", "frechet_distance": value, "seed": seed} for seed, value in enumerate((100.0, 110.0))]
+    results.append(base | {"method": "alone", "frechet_distance": 120.0, "seed": 0, "recall": None})
+    lines = bench.table(results).splitlines()
+    assert lines[2].startswith("| t | m | 3 | 7 | 105 ± 7.1 | 0.5 ± 0 |")
+    assert lines[3].startswith("| t | alone | 3 | 7 | 120 | 0.5 | 0.5 |  |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_fewer_shots_are_the_first_pictures(bench, picture_folder, tmp_path):
+    target = bench.Target("t", picture_folder, picture_folder)
+    assert bench.few(target, 10, tmp_path) == picture_folder
+    folder = bench.few(target, 3, tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == ["00.png", "01.png", "02.png"]
+    assert Image.open(folder / "02.png").tobytes() == Image.open(picture_folder / "02.png").tobytes()
+
+
+def test_a_folder_of_ones_own_is_a_target(bench, tmp_path):
+    target = bench.find_target(str(tmp_path / "mine"), tmp_path)
+    assert (target.name, target.train, target.heldout) == ("mine", tmp_path / "mine" / "train", tmp_path / "mine" / "heldout")
