@@ -100,7 +100,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     **_RIVALS,
-    "avatars": _AVATARS | {"cycles": 2200, "sample_every": 100, "save_every": 100},
+    "avatars": _AVATARS | {"cycles": 2000, "sample_every": 100, "save_every": 100},
     "avatars-demo": _AVATARS | {"cycles": 1150, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
     "fsig-far": _FSIG | {"a": 0.75},
