@@ -7,7 +7,7 @@ import torch
 from unidad.heads import MultiHead, SingleHead, build_heads
 from unidad.losses import GAN_LOSSES, denoising_loss, gan_discriminator_loss
 from unidad.methods.base import only_training
-from unidad.methods.unidad import Objective, UniDAD
+from unidad.methods.unidad import POOL_REFRESH, Objective, UniDAD
 from unidad.rollout import ddim_path
 
 
@@ -358,44 +358,61 @@ def test_the_anchor_is_the_students_own_denoising_loss_at_its_last_step():
 @pytest.mark.parametrize(
     ("a", "teacher", "other"), [(0.75, "target_teacher", "source_teacher"), (0.0, "source_teacher", "target_teacher")]
 )
-def test_the_anchor_to_a_teacher_leads_where_its_ddim_leads(a, teacher, other):
-    """Three evaluations for each of the student's steps left, of the target teacher if it has a weight."""
-    method = tiny.unidad(a=a, anchor_weight=2.0, anchor="teacher", gan_weight=0.0, denoising="v")
-    asked: dict[str, list[int]] = {teacher: [], other: []}
-    for name in asked:
-        network = method.networks[name]
-
-        def x0(x_t, t, labels=None, network=network, name=name):
-            asked[name].append(int(t[0]))
-            return type(network).x0(network, x_t, t, labels)
-
-        network.x0 = x0
-    x_t = torch.randn(2, *tiny.SHAPE)
-    end = method.teacher_end(x_t, 0)
-    assert asked == {teacher: [999, 833, 666, 499, 333, 167], other: []}
-    assert torch.equal(
-        end, ddim_path(lambda x, t: method.networks[teacher].x0(x, t), method.student.schedule, x_t, asked[teacher][:6])
-    )
-    asked[teacher].clear()
-    method.teacher_end(x_t, 1)
-    assert asked[teacher] == [499, 333, 167]
+def test_the_anchor_to_a_teacher_asks_for_the_end_of_its_ddim(a, teacher, other):
+    """The target teacher's if it has a weight; x at each of the student's timesteps, two evaluations between them."""
+    method = tiny.unidad(a=a, anchor_weight=2.0, anchor="teacher", anchor_steps=2, anchor_pool=8, gan_weight=0.0, denoising="v")
+    state = method.generator.get_state()
+    pool = method.trajectories(3)
+    assert pool.shape == (3, 3, *tiny.SHAPE)
+    method.generator.set_state(state)
+    noise = torch.randn((3, *tiny.SHAPE), generator=method.generator)
+    network = method.networks[teacher]
+    path = [999, 749, 499, 250]
+    assert torch.equal(pool[:, 0], noise)
+    assert torch.equal(pool[:, 2], ddim_path(network.x0, network.schedule, noise, path))
+    later = ddim_path(network.x0, network.schedule, pool[:, 1], path[2:])
+    assert torch.equal(pool[:, 2], later), "from the state at the second timestep the same end is reached"
 
     student = tiny.phase(method, "student")
     assert not student.needs_data
     losses = run_phase(method, student)
     assert reached(method) == {"student"}
     assert losses["total"].item() == pytest.approx((losses["dmd"] + 2 * losses["anchor"]).item())
+    method.networks[other].load_state_dict(tiny.backbone(11).state_dict())
+    method.generator.set_state(state)
+    assert torch.equal(method.trajectories(3), pool), "the other teacher has no say"
 
 
 def test_the_anchor_to_a_teacher_is_zero_for_a_student_that_ends_where_the_teacher_does():
     """The exact denoiser of a point (std 0) is its own ODE's end, at every timestep."""
-    method = tiny.unidad(anchor_weight=1.0, anchor="teacher", gan_weight=0.0)
-    point = tiny.GaussianBackbone(0.3, 0.0)
-    method.student = method.target_teacher = method.networks["target_teacher"] = point
-    x = torch.randn(2, *point.shape)
-    assert method.anchor(x).item() == pytest.approx(0.0, abs=1e-10)
+    method = tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=8, gan_weight=0.0)
+    method.student = method.target_teacher = tiny.GaussianBackbone(0.25, 0.0)
+    assert method.anchor(torch.empty(0)).item() == pytest.approx(0.0, abs=1e-6)
     method.student = tiny.GaussianBackbone(0.5, 0.0)
-    assert method.anchor(x).item() > 1e-6
+    assert method.anchor(torch.empty(0)).item() > 1e-6
+
+
+def test_the_pool_of_the_anchor_is_renewed_an_eighth_at_a_time():
+    method = tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=16, anchor_steps=1)
+    first = method._fresh_pool().clone()
+    for _ in range(POOL_REFRESH - 1):
+        assert torch.equal(method._fresh_pool(), first)
+    second = method._fresh_pool()
+    assert torch.equal(second[:14], first[2:])
+    assert not torch.equal(second[14:], first[:2])
+
+
+def test_the_pool_of_the_anchor_is_carried_over():
+    method = tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=8, anchor_steps=1)
+    method.student_loss(torch.empty(0, *tiny.SHAPE))
+    carried = method.carried()
+    other = tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=8, anchor_steps=1)
+    other.restore(carried)
+    assert other._pool_age == 1
+    assert len(other._fresh) == 1
+    assert [torch.equal(x, y) for x, y in zip(carried, other.carried(), strict=True)] == [True] * 3
+    other.restore([])
+    assert other._pool is None
 
 
 def test_without_an_anchor_the_student_looks_at_no_picture():

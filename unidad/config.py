@@ -70,8 +70,10 @@ class TrainSettings(LoopSettings):
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
     anchor_weight: float = 0.0  # of the student's own denoising loss; 0 in the paper
-    anchor: str = "pictures"  # from noised target pictures back to them | teacher: from noised samples to where its DDIM leads
-    anchor_steps: int = 3  # of that DDIM, for each of the student's
+    anchor: str = "pictures"  # from noised target pictures back to them | teacher: from its DDIM at each step to where that ends
+    anchor_steps: int = 4  # of that DDIM, for each of the student's
+    anchor_pool: int = 256  # trajectories of it kept, an eighth renewed every 16 cycles
+    anchor_batch: int = 0  # pictures from them in each student update; 0: batch_size
     fake_updates: int = 5  # k
     reuse_batch: bool = True
     timestep_law: str = "uniform"  # uniform | karras | quadratic
@@ -151,7 +153,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "gan_weight": (0, 1e6),
     "disc_weight": (0, 1e6),
     "anchor_weight": (0, 1e6),
-    "anchor_steps": (1, 1000),
+    "anchor_steps": (1, 300),
+    "anchor_pool": (8, 10**6),
+    "anchor_batch": (0, 65536),
     "fake_updates": (1, 10**6),
     "target_warmup": (0, 10**9 - 1),
     "class_label": (-1, 10**9),

@@ -15,7 +15,7 @@ _AVATARS: dict[str, Any] = {
     "a": 0.75,
     "anchor": "teacher",
     "anchor_weight": 20.0,
-    "anchor_steps": 2,
+    "anchor_batch": 24,
     "gan_weight": 0.1,
     "disc_weight": 0.3,
     "features": "layer",

@@ -76,6 +76,27 @@ def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = N
     return ddim_path(lambda x, t: model.x0(x, t, labels), model.schedule, noise, taus, clip)
 
 
+def ddim_trajectory(
+    model: Backbone, noise: Tensor, steps: Sequence[int], per_step: Sequence[int], labels: Tensor | None = None
+) -> Tensor:
+    """DDIM from `noise` [B, C, H, W] at tau_1 with per_step[k] evaluations after each tau_k: x at every tau_k, and the end.
+
+    Returns:
+        [B, K + 1, C, H, W], float32.
+    """
+    states: list[Tensor] = []
+    spans = zip(steps, [*steps[1:], 0], per_step, strict=True)
+    path = [high - (high - low) * i // n for high, low, n in spans for i in range(n)]
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        if len(states) < len(steps) and int(t[0]) == steps[len(states)]:
+            states.append(x)
+        return model.x0(x, t, labels).float()
+
+    end = ddim_path(predict, model.schedule, noise, path)
+    return torch.stack([*states, end], dim=1)
+
+
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Noise:
     """Noise for `rollout` in which picture i draws from its own generator, seeded seeds[i], whatever the batch it is in.
 

@@ -9,7 +9,6 @@ jump from the one to the other. About an hour and a half on one CPU core. Pairs 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from unidad.backbones.load import load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.export import save_student
-from unidad.rollout import ddim_path
+from unidad.rollout import ddim_trajectory
 
 PER_STEP = (5, 5, 8)  # DDIM evaluations from each of the student's timesteps to the next
 CHUNK, BATCH, SMOOTH = 4096, 48, 0.02
@@ -29,21 +28,10 @@ WEIGHTS = (1.0, 1.5, 2.5)  # of the three timesteps: what the last leaves undone
 
 def trajectories(teacher: UNet2DBackbone, steps: list[int], seed: int) -> Tensor:
     """[CHUNK, 4, C, H, W] float16: x at each of the three timesteps, and the end."""
-    generator, done = torch.Generator().manual_seed(seed), []
-    spans = zip(itertools.pairwise([*steps, 0]), PER_STEP, strict=True)
-    path = [high - (high - low) * i // n for (high, low), n in spans for i in range(n)]
-    for noise in torch.randn((CHUNK, *teacher.shape), generator=generator).split(64):
-        states: list[Tensor] = []
-
-        def predict(x: Tensor, t: Tensor, states: list[Tensor] = states) -> Tensor:
-            if int(t[0]) in steps:
-                states.append(x)
-            with torch.autocast("cpu", torch.bfloat16):
-                return teacher.x0(x, t).float()
-
-        end = ddim_path(predict, teacher.schedule, noise, path)
-        done.append(torch.stack([*states, end], dim=1).half())
-    return torch.cat(done)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((CHUNK, *teacher.shape), generator=generator)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return torch.cat([ddim_trajectory(teacher, batch, steps, PER_STEP) for batch in noise.split(64)]).half()
 
 
 def pairs(teacher: UNet2DBackbone, steps: list[int], chunks: int, folder: Path) -> Tensor:

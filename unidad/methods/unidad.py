@@ -7,7 +7,7 @@ teacher once on the target pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from unidad.losses import (
 )
 from unidad.methods.base import Losses, Method, Phase
 from unidad.methods.finetune import denoise
-from unidad.rollout import batch_noise, ddim_path, rollout
+from unidad.rollout import batch_noise, ddim_trajectory, rollout
+
+POOL_REFRESH = 16  # student updates
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Objective:
         gan_weight: lambda_G. disc_weight: lambda_D.
         anchor_weight: of L_denoise of the student itself at its last timestep tau_K. Not in the paper, so 0 by default: it keeps
             the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
-        anchor: "pictures" noises the target pictures and asks for them back; "teacher" noises student samples to any of its timesteps
-            and asks for where the target teacher's DDIM (the source teacher's if there is no other) leads, see `UniDAD.anchor`.
+        anchor: "pictures" noises the target pictures to the last timestep and asks for them back; "teacher" asks, at every timestep,
+            for where the target teacher's DDIM (the source teacher's if there is no other) leads, see `UniDAD.anchor`.
+        anchor_steps: of that DDIM for each of the student's. anchor_pool: trajectories kept. anchor_batch: 0 is batch_size.
         fake_updates: k, fake-teacher updates per cycle.
         reuse_batch: the student's own batch serves the first of the k (METHOD §8).
         rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
@@ -58,7 +61,9 @@ class Objective:
     augment: str = "none"
     anchor_weight: float = 0.0
     anchor: str = "pictures"
-    anchor_steps: int = 3
+    anchor_steps: int = 4
+    anchor_pool: int = 256
+    anchor_batch: int = 0
     features: Granularity = "stage"
     fake_updates: int = 5
     reuse_batch: bool = True
@@ -136,6 +141,8 @@ class UniDAD(Method):
         named |= {"target_teacher": target_teacher, "heads": heads}
         self.networks = {name: network for name, network in named.items() if network is not None}
         self._fresh: list[Tensor] = []
+        self._pool: Tensor | None = None
+        self._pool_age = 0
         learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
         trains_target = objective.uses_target and train_target
         first, k = target_warmup if trains_target else 0, objective.fake_updates
@@ -148,12 +155,16 @@ class UniDAD(Method):
             self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss))
 
     def carried(self) -> list[Tensor]:
-        """Student samples kept for the first fake-teacher update."""
-        return list(self._fresh)
+        """Student samples kept for the first fake-teacher update, then the anchor's pool and its age, if there is one."""
+        pool = [] if self._pool is None else [self._pool, torch.tensor(self._pool_age)]
+        return [*self._fresh, *pool]
 
     def restore(self, carried: list[Tensor]) -> None:
         """Take them back."""
-        self._fresh = list(carried)
+        self._fresh, self._pool = list(carried), None
+        if carried and carried[-1].ndim == 0:
+            self._pool, self._pool_age = carried[-2], int(carried[-1])
+            self._fresh = list(carried[:-2])
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
@@ -199,35 +210,57 @@ class UniDAD(Method):
             losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
-            losses["anchor"] = self.anchor(x.detach() if self.o.anchor == "teacher" else pictures)
+            losses["anchor"] = self.anchor(pictures)
             total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
             self._fresh.append(x.detach())
         return losses | {"total": total}
 
-    def anchor(self, clean: Tensor) -> Tensor:
-        """L_denoise of the student, from pictures [B, C, H, W].
+    def anchor(self, pictures: Tensor) -> Tensor:
+        """L_denoise of the student itself.
 
-        With "pictures": noised to tau_K, back to them. With "teacher": noised to a random tau_k, to where `anchor_steps` of DDIM for
-        each of the steps left would take a teacher, the target teacher if there is one (regression onto the teacher's ODE as in DMD,
-        arXiv 2311.18828, section 4.2, on the way instead of from a stored set).
+        With "pictures": on real pictures [B, C, H, W], noised to tau_K. With "teacher": from where the teacher's DDIM stands at each
+        tau_k to where it ends (regression onto the teacher's ODE as in DMD, arXiv 2311.18828, section 4.2).
         """
-        k = len(self.student_steps) - 1
         if self.o.anchor == "teacher":
-            k = int(torch.randint(0, k + 1, (), generator=self.generator, device=clean.device))
-        t = torch.full((len(clean),), self.student_steps[k], device=clean.device)
-        x_t, alpha, sigma = self._noised(clean, t)
-        if self.o.anchor == "teacher":
-            clean = self.teacher_end(x_t, k)
+            x_t, t, clean = self._from_pool(self.o.anchor_batch or self.batch_size)
+            alpha, sigma = self.student.schedule.alpha_sigma(t, x_t.ndim)
+        else:
+            clean, t = pictures, torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
+            x_t, alpha, sigma = self._noised(clean, t)
         return denoising_loss(clean, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
 
-    def teacher_end(self, x_t: Tensor, k: int) -> Tensor:
-        """Where the teacher's DDIM leads from x_t [B, C, H, W], which has the noise of the student's timestep number k."""
+    def _from_pool(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        pool, draw = self._fresh_pool(), partial(torch.randint, generator=self.generator, device=self.generator.device)
+        which, k = draw(0, len(pool), (n,)), draw(0, len(self.student_steps), (n,))
+        t = torch.tensor(self.student_steps, device=k.device)[k]
+        return pool[which, k], t, pool[which, -1]
+
+    def _fresh_pool(self) -> Tensor:
+        """The pool of trajectories; its oldest eighth is drawn anew every POOL_REFRESH updates, for the teacher learns on."""
+        size = self.o.anchor_pool
+        if self._pool is None:
+            self._pool = self.trajectories(size)
+        elif self._pool_age % POOL_REFRESH == 0:
+            renewed = max(1, size // 8)
+            self._pool = torch.cat([self._pool[renewed:], self.trajectories(renewed)])
+        self._pool_age += 1
+        return self._pool
+
+    @torch.no_grad()
+    def trajectories(self, n: int) -> Tensor:
+        """n times the teacher's DDIM: x at each tau_k, and its end, [n, K + 1, C, H, W].
+
+        The teacher is the target teacher if it has a weight, else the source teacher.
+        """
         teacher = self.target_teacher if self.o.uses_target else self.source_teacher
         assert teacher is not None
-        labels, taus, n = self._labels(len(x_t)), [*self.student_steps[k:], 0], self.o.anchor_steps
-        path = [high - (high - low) * i // n for high, low in pairwise(taus) for i in range(n)]
-        return ddim_path(lambda x, t: teacher.x0(x, t, labels), teacher.schedule, x_t, path)
+        per_step, done = [self.o.anchor_steps] * len(self.student_steps), []
+        for start in range(0, n, 32):
+            count = min(32, n - start)
+            noise = torch.randn((count, *self.student.shape), generator=self.generator, device=self.generator.device)
+            done.append(ddim_trajectory(teacher, noise, self.student_steps, per_step, self._labels(count)))
+        return torch.cat(done)
 
     def _student_batch(self) -> Tensor:
         if self.o.rollout_grad != "random":
