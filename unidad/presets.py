@@ -15,7 +15,7 @@ _AVATARS: dict[str, Any] = {
     "a": 0.75,
     "anchor": "teacher",
     "anchor_weight": 20.0,
-    "anchor_batch": 24,
+    "anchor_batch": 32,
     "gan_weight": 0.1,
     "disc_weight": 0.3,
     "features": "layer",
@@ -100,8 +100,8 @@ _RIVALS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     **_RIVALS,
-    "avatars": _AVATARS | {"cycles": 2000, "sample_every": 100, "save_every": 100},
-    "avatars-demo": _AVATARS | {"cycles": 1150, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
+    "avatars": _AVATARS | {"cycles": 1800, "sample_every": 100, "save_every": 100},
+    "avatars-demo": _AVATARS | {"cycles": 1000, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
     "fsig-far": _FSIG | {"a": 0.75},
     "fsig-near-paper": _FSIG | _PUBLIC_CODE | {"a": 0.25},
