@@ -23,7 +23,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the README's numbers; draws held-out pictures first (needs node and npm), about two hours on two CPU cores
+bench: $(READY)  ## the README's numbers; draws held-out pictures first (needs node and npm), about an hour on two CPU cores
 	$(BIN)/python benchmarks/avatarshift.py
 
 soak: $(READY)  ## the long tests: random kills and whatever else takes minutes
