@@ -231,3 +231,4 @@ def test_a_rivals_card_says_how_it_was_made(distilled, source, picture_folder, t
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 0
     for folder in (tmp_path / "run" / "student", tmp_path / "exported"):
         assert "fine-tuned at its own timesteps" in (folder / "README.md").read_text()
+    assert "with the source teacher alone" in (distilled / "student" / "README.md").read_text()

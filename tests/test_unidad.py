@@ -8,7 +8,7 @@ from unidad.heads import MultiHead, SingleHead, build_heads
 from unidad.losses import GAN_LOSSES, denoising_loss, gan_discriminator_loss
 from unidad.methods.base import only_training
 from unidad.methods.unidad import POOL_REFRESH, Objective, UniDAD
-from unidad.rollout import ddim_path
+from unidad.rollout import ddim_states
 
 
 def pictures(n: int = 2) -> torch.Tensor:
@@ -369,8 +369,8 @@ def test_the_anchor_to_a_teacher_asks_for_the_end_of_its_ddim(a, teacher, other)
     network = method.networks[teacher]
     path = [999, 749, 499, 250]
     assert torch.equal(pool[:, 0], noise)
-    assert torch.equal(pool[:, 2], ddim_path(network.x0, network.schedule, noise, path))
-    later = ddim_path(network.x0, network.schedule, pool[:, 1], path[2:])
+    assert torch.equal(pool[:, 2], list(ddim_states(network, noise, path))[-1][1])
+    later = list(ddim_states(network, pool[:, 1], path[2:]))[-1][1]
     assert torch.equal(pool[:, 2], later), "from the state at the second timestep the same end is reached"
 
     student = tiny.phase(method, "student")

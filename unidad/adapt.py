@@ -19,8 +19,9 @@ from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.config import TrainSettings, as_dict
 from unidad.data import PictureSet, PictureStream, load_folder
+from unidad.device import make_accelerator, pick_device, pick_tracker
 from unidad.errors import ModelError, SettingsError
-from unidad.export import MADE, save_source, save_student
+from unidad.export import made, save_source, save_student
 from unidad.heads import build_heads
 from unidad.log import Log
 from unidad.methods.base import Method
@@ -30,7 +31,7 @@ from unidad.methods.unidad import Objective, UniDAD
 from unidad.report import write_report
 from unidad.run import RunFolder, open_run, public_name, surroundings
 from unidad.sample import draw
-from unidad.train import Trainer, make_accelerator, pick_device, pick_tracker
+from unidad.train import Trainer
 
 GRID_SAMPLES = 48
 
@@ -233,7 +234,7 @@ def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: Tra
         "about": about,
         "source": public_name(settings.source),
         "target": f"{name} ({len(parts.pictures)} pictures)",
-        "made": MADE[settings.method],
+        "made": made(as_dict(settings)),
     }
     if settings.class_label >= 0:
         facts["class_label"] = settings.class_label

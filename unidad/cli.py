@@ -289,23 +289,19 @@ def _flags(args: argparse.Namespace, names: Sequence[str]) -> dict[str, object]:
     return {name: given[name] for name in names if given[name] is not None}
 
 
-# What a command lays over its preset, under everything that the user says.
-_FINETUNE = {"method": "finetune"}
-_DISTILL = {"a": 0.0, "target_teacher": "off", "target_warmup": 0, "heads": "single", "student_init": "source", "augment": "none"}
-
-
 def _train(args: argparse.Namespace, console: Console) -> int:
-    rivals = {"adapt-then-distill": "avatars-adapt-then-distill", "distill-then-adapt": "avatars-distill-then-adapt"}
-    layer = {"method": args.method} if args.method else {}
-    return _job(args, console, rivals.get(args.method, "avatars"), layer)
+    rival = f"-{args.method}" if args.method not in (None, "uni-dad") else ""
+    return _job(args, console, f"avatars{rival}", _flags(args, ("method",)))
 
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:
-    return _job(args, console, "avatars-finetune", _FINETUNE)
+    return _job(args, console, "avatars-finetune", {"method": "finetune"})
 
 
 def _distill(args: argparse.Namespace, console: Console) -> int:
-    return _job(args, console, "avatars-distill", _DISTILL)
+    from unidad.presets import DISTILL
+
+    return _job(args, console, "avatars-distill", DISTILL)
 
 
 def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping[str, object]) -> int:

@@ -14,11 +14,11 @@ from unidad import checkpoint
 from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
+from unidad.device import pick_device
 from unidad.errors import CheckpointError, DataError, SettingsError
-from unidad.export import MADE, save_source, save_student
+from unidad.export import made, save_source, save_student
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
-from unidad.train import pick_device
 
 DEFAULT_DDIM_STEPS = 50
 GRID = "grid.png"
@@ -187,7 +187,7 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
             "about": "Exported with unidad.",
             "source": source,
             "target": f"{data.get('target')} ({data.get('count')} pictures)",
-            "made": MADE[run.read()["settings"].get("method", "uni-dad")],
+            "made": made(run.read()["settings"]),
         }
     if model.student_steps is None:
         save_source(model.backbone, model.scheduler, out, facts, half)

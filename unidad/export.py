@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,22 @@ def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: boo
         raise CheckpointError(f"'{out}' cannot be written: {error}. Give another folder or free some space.") from None
 
 
-# How a product was made, for its card, by the setting `method`.
-MADE: dict[str, str] = {
+_MADE: dict[str, str] = {
     "uni-dad": "Distilled and adapted in one stage by Uni-DAD (arXiv 2511.18281).",
     "finetune": "Fine-tuned from the source model.",
     "adapt-then-distill": "Adapted by fine-tuning, then distilled by DMD2 (arXiv 2405.14867): the two-stage rival of Uni-DAD.",
     "distill-then-adapt": "Distilled, then fine-tuned at its own timesteps: the two-stage rival of Uni-DAD.",
 }
+
+
+def made(settings: Mapping[str, Any]) -> str:
+    """How a run with these settings made its product, as a sentence for the card."""
+    method = settings.get("method", "uni-dad")
+    if method == "uni-dad" and settings["target_teacher"] == "off":
+        return "Distilled by distribution matching with the source teacher alone (DMD2, arXiv 2405.14867)."
+    return _MADE[method]
+
+
 _HEADER = """---
 library_name: diffusers
 tags: [unconditional-image-generation{tags}]
@@ -148,7 +158,7 @@ def _student_card(steps: list[int], facts: dict[str, Any], stock: bool) -> str:
 
 {facts.get("about", "")}
 
-{facts.get("made", MADE["uni-dad"])} It draws in {k} network evaluations, at timesteps {steps}.
+{facts.get("made", _MADE["uni-dad"])} It draws in {k} network evaluations, at timesteps {steps}.
 
 ```python
 import torch

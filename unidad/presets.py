@@ -57,6 +57,16 @@ _PUBLIC_CODE: dict[str, Any] = {
     "disc_weight": 0.05,
 }
 
+# What makes a run a DMD2 distillation of the source, whatever the preset: the source teacher alone and a single head.
+DISTILL: dict[str, Any] = {
+    "student_init": "source",
+    "target_teacher": "off",
+    "a": 0.0,
+    "heads": "single",
+    "augment": "none",
+    "target_warmup": 0,
+}
+
 # The paper's rivals (METHOD §9) on the same model, pictures and student to start from.
 _RIVALS: dict[str, dict[str, Any]] = {
     "avatars-finetune": {
@@ -71,17 +81,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "ema": 0.99,
         "cycles": 900,
     },
-    "avatars-distill": _AVATARS
-    | {
-        "student_init": "source",
-        "target_teacher": "off",
-        "a": 0.0,
-        "heads": "single",
-        "augment": "none",
-        "target_warmup": 0,
-        "cycles": 3000,
-        "hflip": False,
-    },
+    "avatars-distill": _AVATARS | DISTILL | {"cycles": 3000, "hflip": False},
     "avatars-adapt-then-distill": _AVATARS
     | {"method": "adapt-then-distill", "a": 1.0, "heads": "single", "target_warmup": 900, "cycles": 3000},
     "avatars-distill-then-adapt": {

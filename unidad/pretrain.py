@@ -14,6 +14,7 @@ from unidad.backbones.load import SCHEDULE_KEYS, load_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
+from unidad.device import make_accelerator, pick_device, pick_tracker, use_bf16
 from unidad.errors import ModelError, SettingsError
 from unidad.export import save_source
 from unidad.log import Log
@@ -21,7 +22,7 @@ from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
 from unidad.run import RunFolder, open_run, public_name, surroundings
 from unidad.sample import draw
-from unidad.train import Trainer, make_accelerator, pick_device, pick_tracker, use_bf16
+from unidad.train import Trainer
 
 
 def pretrain(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from unidad.backbones.base import Backbone
-from unidad.noise import NoiseSchedule
 
 ROLLOUT_GRADS: tuple[str, ...] = ("all", "last", "random")
 Noise = Callable[[], Tensor]
@@ -47,33 +46,31 @@ def rollout(
     return xhat
 
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-
-
 @torch.no_grad()
-def ddim_path(predict: Predict, schedule: NoiseSchedule, x: Tensor, taus: Sequence[int], clip: bool = True) -> Tensor:
+def ddim_states(
+    model: Backbone, x: Tensor, taus: Sequence[int], labels: Tensor | None = None, clip: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta 0) from `x` [B, C, H, W], which has the noise of taus[0].
 
-    Args:
-        predict: x_t [B, C, H, W] and t [B] int64 -> x0-prediction.
-        taus: falling timesteps, one network evaluation each; the prediction at the last is the result.
-        clip: clamp every x0-prediction to [-1, 1].
+    Yields, for each of the falling `taus`, x there and the x0-prediction from it, clamped to [-1, 1] when `clip`; the last is the end.
     """
-    for i, tau in enumerate(taus):
+    for tau, following in zip(taus, [*taus[1:], None], strict=True):
         t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
-        alpha, sigma = schedule.alpha_sigma(t, x.ndim)
-        xhat = predict(x, t)
+        alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
+        xhat = model.x0(x, t, labels)
         xhat = xhat.clamp(-1, 1) if clip else xhat
-        if i + 1 < len(taus):
-            x = schedule.add_noise(xhat, (x - alpha * xhat) / sigma, torch.full_like(t, taus[i + 1]))
-    return xhat
+        yield x, xhat
+        if following is not None:
+            x = model.schedule.add_noise(xhat, (x - alpha * xhat) / sigma, torch.full_like(t, following))
 
 
 def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = None, clip: bool = True) -> Tensor:
-    """`ddim_path` from pure noise [B, C, H, W] in `n_steps` network evaluations, evenly spaced from T-1 down ("trailing")."""
+    """DDIM from pure noise [B, C, H, W] in `n_steps` network evaluations, evenly spaced from T-1 down ("trailing")."""
     total = len(model.schedule)
     taus = [round(total - i * total / n_steps) - 1 for i in range(n_steps)]
-    return ddim_path(lambda x, t: model.x0(x, t, labels), model.schedule, noise, taus, clip)
+    for _, xhat in ddim_states(model, noise, taus, labels, clip):
+        end = xhat
+    return end
 
 
 def ddim_trajectory(
@@ -84,17 +81,14 @@ def ddim_trajectory(
     Returns:
         [B, K + 1, C, H, W], float32.
     """
-    states: list[Tensor] = []
     spans = zip(steps, [*steps[1:], 0], per_step, strict=True)
     path = [high - (high - low) * i // n for high, low, n in spans for i in range(n)]
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        if len(states) < len(steps) and int(t[0]) == steps[len(states)]:
-            states.append(x)
-        return model.x0(x, t, labels).float()
-
-    end = ddim_path(predict, model.schedule, noise, path)
-    return torch.stack([*states, end], dim=1)
+    kept = []
+    for tau, (x, xhat) in zip(path, ddim_states(model, noise, path, labels), strict=True):
+        if tau in steps:
+            kept.append(x)
+        end = xhat
+    return torch.stack([*kept, end], dim=1).float()
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Noise:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_wandb_available
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from unidad import checkpoint
 from unidad.config import LoopSettings
 from unidad.data import PictureStream
-from unidad.errors import CheckpointError, NonFiniteError, SettingsError
+from unidad.device import use_bf16
+from unidad.errors import CheckpointError, NonFiniteError
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
 from unidad.run import RunFolder
@@ -133,8 +133,8 @@ class Trainer:
                 self._sample()
 
     def _cycle(self) -> None:
-        if (self.place.phase, self.place.repeat) == (0, 0):
-            self._start_stage(self.method.start_cycle(self.place.cycle))
+        if (self.place.phase, self.place.repeat) == (0, 0) and self.method.product in self.method.start_cycle(self.place.cycle):
+            self._restart_average()
         phases = self.method.cycle_phases(self.place.cycle)
         while self.place.phase < len(phases):
             phase = phases[self.place.phase]
@@ -147,8 +147,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.method.networks[self.method.product])
 
-    def _start_stage(self, replaced: tuple[str, ...]) -> None:
-        if self.ema is not None and self.method.product in replaced:
+    def _restart_average(self) -> None:
+        if self.ema is not None:
             self.ema.module.load_state_dict(self.method.networks[self.method.product].state_dict())
             self.ema.n_averaged.zero_()
 
@@ -302,77 +302,6 @@ class Trainer:
 def _checkpoint_name(place: Place) -> str:
     within = f"-{place.phase}-{place.repeat:010d}" if place.phase or place.repeat else ""
     return f"{place.cycle:08d}{within}"
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run under bf16 autocast: "auto" says yes where the chip computes in bf16, on a GPU or a CPU, and no elsewhere."""
-    if precision == "auto" and device.type == "cpu":
-        return _cpu_has_bf16()
-    if precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
-
-
-def _cpu_has_bf16() -> bool:
-    # Where there are no such instructions bf16 is emulated, two to three times slower than float32.
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def pick_tracker(settings: LoopSettings) -> str:
-    """Name of the tracker to use, or "none".
-
-    Raises:
-        SettingsError: if one is asked for that is not installed.
-    """
-    available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
-    if settings.tracker == "auto":
-        return "tensorboard" if available["tensorboard"] else "none"
-    if not available.get(settings.tracker, True):
-        raise SettingsError(
-            f"'tracker' is {settings.tracker}, which is not installed. Run: pip install {settings.tracker}, or set tracker=none."
-        )
-    return settings.tracker
-
-
-def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
-    """Device and trackers through accelerate; "auto" is tensorboard where that is installed.
-
-    Raises:
-        SettingsError: if a tracker is asked for that is not installed, or several processes were launched.
-    """
-    wanted = pick_tracker(settings)
-    accelerator = Accelerator(
-        cpu=pick_device(settings.device).type == "cpu",
-        log_with=None if wanted == "none" else wanted,
-        project_dir=str(run.path),
-    )
-    if accelerator.num_processes > 1:
-        raise SettingsError("Several processes were launched, but this version trains on one. Start `unidad` by itself.")
-    if wanted != "none":
-        accelerator.init_trackers("unidad")
-    return accelerator
-
-
-def pick_device(name: str) -> torch.device:
-    """The device named, or for "auto" cuda, mps or cpu, whichever is there first.
-
-    Raises:
-        SettingsError: if the one asked for is not there.
-    """
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if missing.get(name):
-        raise SettingsError(
-            f"There is no {name} device here, or this torch was built without it. Use --device auto, or see `unidad doctor`."
-        )
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _ramped_average(decay: float) -> Callable[[Any, Any, Any], None]:
