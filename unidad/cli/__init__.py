@@ -1,0 +1,109 @@
+"""The command line: parses, calls, prints. Bad input ends in one sentence and exit code 2; nothing here computes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from unidad import __version__
+from unidad.cli import training, using
+from unidad.cli.common import Parser
+from unidad.errors import NonFiniteError, UserError
+
+EPILOG = """the usual way:
+  unidad train --target my_pictures --out runs/mine          adapt and distil; leaves a report and a generator
+  unidad sample runs/mine -n 64 --out pictures               draw from it
+  unidad export runs/mine --out my_generator                 a folder for stock diffusers
+  unidad info runs/mine                                      what is this?
+`unidad COMMAND --help` has examples for each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 failed, 2 bad input, 130/143 stopped and saved)."""
+    args = build_parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False)
+    warnings.showwarning = lambda message, *_rest, **_more: console.print(f"Note: {message}", highlight=False)
+    _quiet_libraries()
+    try:
+        code = args.run(args, console)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"unidad: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 1
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        print(
+            f"unidad: reading or writing{where} failed: {error.strerror or error}. Free some space or give another folder.",
+            file=sys.stderr,
+        )
+        return 1
+    except NonFiniteError as error:
+        print(_non_finite_advice(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("unidad: stopped.", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(_memory_advice(error), file=sys.stderr)
+        return 1
+
+
+def _quiet_libraries() -> None:
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    warnings.filterwarnings("ignore", module=r"diffusers\..*")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _memory_advice(error: BaseException) -> str:
+    first = " ".join(str(error).split())[:200] or "the system refused more memory"
+    return (
+        f"unidad: out of memory ({first}). What lowers it: --set batch_size=1 (with accumulation= to make up for it), "
+        "--set rollout_grad=last, a smaller --steps, --set precision=bf16. The last checkpoint is whole: go on with --resume."
+    )
+
+
+def _non_finite_advice(error: NonFiniteError) -> str:
+    return (
+        f"unidad: {error}. The update was not applied and the last checkpoint is whole. Lower the rate, for example "
+        "--set lr=1e-5, or set precision=fp32, and start anew."
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = Parser(
+        prog="unidad",
+        description="About ten pictures and a diffusion model in, a generator of that domain that draws in 1 to 4 steps out.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"unidad {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    training.add_train(commands)
+    training.add_finetune(commands)
+    training.add_distill(commands)
+    using.add_sample(commands)
+    using.add_evaluate(commands)
+    using.add_export(commands)
+    training.add_pretrain(commands)
+    using.add_info(commands)
+    using.add_doctor(commands)
+    return parser

@@ -1,0 +1,150 @@
+"""The commands that train: train, finetune, distill, pretrain."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from unidad.cli.common import Commands, add_settings, command, flags
+from unidad.errors import SettingsError, did_you_mean
+
+
+def add_train(commands: Commands) -> None:
+    """`unidad train`."""
+    from unidad.presets import SUMMARIES
+
+    presets = "\n".join(f"  {name:14} {about}" for name, about in SUMMARIES.items())
+    parser = command(
+        commands,
+        "train",
+        "Adapt and distil a source model to about ten pictures, in one stage (Uni-DAD).",
+        f"""  unidad train --target my_pictures --out runs/mine
+  unidad train --target bundled:bottts --preset avatars-demo --out runs/robots
+  unidad train --source path/to/pipeline --target my_pictures --preset fsig-near --out runs/faces --device cuda
+  unidad train --target my_pictures --out runs/mine --set a=0.5 --set student_init=source
+  unidad train --target my_pictures --out runs/mine --resume
+presets:
+{presets}
+settings: see `unidad train --list-settings`""",
+        _train,
+    )
+    parser.add_argument(
+        "--method",
+        choices=("uni-dad", "adapt-then-distill", "distill-then-adapt"),
+        help="the paper's, or a two-stage rival (uni-dad)",
+    )
+    parser.add_argument("--target", metavar="FOLDER", help="folder of pictures, or bundled:toonHead|lorelei|bottts|sunglasses")
+    _add_job(parser)
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="RUN", help="folder to make: the product, report.html, grid.png, checkpoints/, samples/")
+    parser.add_argument("--source", metavar="MODEL", help="bundled:avatars, a diffusers folder, or a hub id (bundled:avatars)")
+    parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, 1 to 4 (3)")
+    parser.add_argument("--preset", metavar="NAME", help="named settings, below (avatars for the bundled source)")
+    parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
+    add_settings(parser)
+
+
+def add_finetune(commands: Commands) -> None:
+    """`unidad finetune`."""
+    parser = command(
+        commands,
+        "finetune",
+        "Fine-tune a source model to about ten pictures: a many-step model, the rival FT.",
+        """  unidad finetune --target my_pictures --out runs/ft
+  unidad sample runs/ft -n 16 --steps 50 --out pictures""",
+        _finetune,
+    )
+    parser.add_argument("--target", metavar="FOLDER", help="folder of pictures, or bundled:NAME")
+    _add_job(parser)
+
+
+def add_distill(commands: Commands) -> None:
+    """`unidad distill`."""
+    parser = command(
+        commands,
+        "distill",
+        "Distil a source model to few steps on pictures of its own domain, by DMD2: the source teacher alone, a single head.",
+        """  unidad distill --data source_pictures --out runs/student
+  unidad train --target my_pictures --out runs/mine --set student_init=runs/student/student""",
+        _distill,
+    )
+    parser.add_argument("--data", dest="target", metavar="FOLDER", help="pictures of the source's own domain")
+    _add_job(parser)
+
+
+def add_pretrain(commands: Commands) -> None:
+    """`unidad pretrain`."""
+    parser = command(
+        commands,
+        "pretrain",
+        "Train a source diffusion model on thousands of pictures, from scratch or on from another.",
+        """  unidad pretrain --data many_pictures --out runs/source --set size=32 --set cycles=20000
+  unidad pretrain --data many_pictures --out runs/better --set init=runs/source --set lr=7e-4""",
+        _pretrain,
+    )
+    parser.add_argument("--data", required=True, metavar="FOLDER")
+    parser.add_argument("--out", required=True, metavar="RUN")
+    add_settings(parser)
+
+
+def _train(args: argparse.Namespace, console: Console) -> int:
+    rival = f"-{args.method}" if args.method not in (None, "uni-dad") else ""
+    return _job(args, console, f"avatars{rival}", flags(args, ("method",)))
+
+
+def _finetune(args: argparse.Namespace, console: Console) -> int:
+    return _job(args, console, "avatars-finetune", {"method": "finetune"})
+
+
+def _distill(args: argparse.Namespace, console: Console) -> int:
+    from unidad.presets import DISTILL
+
+    return _job(args, console, "avatars-distill", DISTILL)
+
+
+def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping[str, object]) -> int:
+    from unidad.config import TrainSettings, as_dict, build_settings, parse_overrides, read_config
+    from unidad.presets import PRESETS
+
+    chosen = read_config(args.config) if args.config else {}
+    overrides = flags(args, ("source", "steps", "device", "seed")) | parse_overrides(args.set)
+    source = overrides.get("source", chosen.get("source", "bundled:avatars"))
+    preset = args.preset or (preset if source == "bundled:avatars" else "")
+    if preset and preset not in PRESETS:
+        raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
+    settings = build_settings(TrainSettings, PRESETS.get(preset, {}), layer, chosen, overrides)
+    if args.list_settings:
+        print("\n".join(f"{key}: {value}" for key, value in as_dict(settings).items()))
+        return 0
+    if not args.target or not args.out:
+        pictures = "--data" if args.run is _distill else "--target"
+        raise SettingsError(f"{pictures} FOLDER and --out RUN are needed. Add --help for examples.")
+    from unidad.adapt import train
+
+    return _stoppable(lambda: train(args.target, args.out, settings, args.resume, console).path / "report.html", args.out)
+
+
+def _stoppable(job: Callable[[], Path], out: str) -> int:
+    from unidad.train import Stopped
+
+    try:
+        print(job())
+    except Stopped as stop:
+        print(f"unidad: stopped by {stop}; saved in '{out}'. Go on with the same command and --resume.", file=sys.stderr)
+        return stop.code
+    return 0
+
+
+def _pretrain(args: argparse.Namespace, console: Console) -> int:
+    from unidad.config import PretrainSettings, build_settings, parse_overrides, read_config
+    from unidad.pretrain import pretrain
+
+    layers = [read_config(args.config) if args.config else {}, flags(args, ("device", "seed")), parse_overrides(args.set)]
+    settings = build_settings(PretrainSettings, *layers)
+    return _stoppable(lambda: pretrain(args.data, args.out, settings, args.resume, console).path / "model", args.out)

@@ -1,0 +1,122 @@
+"""The commands that use what was trained: sample, evaluate, export, info, doctor."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from unidad.cli.common import DEVICES, Commands, add_class_label, command
+
+
+def add_sample(commands: Commands) -> None:
+    """`unidad sample`."""
+    parser = command(
+        commands,
+        "sample",
+        "Draw pictures from a run, an exported student, or a many-step model.",
+        """  unidad sample runs/mine -n 64 --out pictures
+  unidad sample bundled:avatars -n 16 --steps 50 --out source_pictures""",
+        _sample,
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL")
+    parser.add_argument("-n", type=int, default=16, help="how many (16)")
+    parser.add_argument(
+        "--steps", type=int, metavar="K", help="steps; those it was distilled for, or 50 of DDIM for a many-step model"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="picture i depends on seed + i alone (0)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the PNG files and grid.png")
+    add_class_label(parser)
+    parser.add_argument("--batch-size", type=int, default=32, help="changes speed and memory, never the pictures (32)")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+
+
+def add_evaluate(commands: Commands) -> None:
+    """`unidad evaluate`."""
+    parser = command(
+        commands,
+        "evaluate",
+        "Score samples against held-out pictures: Frechet distance, KID, precision and recall, variety, copying.",
+        """  unidad evaluate runs/mine --reference heldout_pictures --train my_pictures
+  unidad evaluate folder_of_samples --reference heldout_pictures --json scores.json""",
+        _evaluate,
+    )
+    parser.add_argument("samples", metavar="RUN_OR_MODEL_OR_FOLDER", help="a run or model to draw from, or a folder of pictures")
+    parser.add_argument("--reference", required=True, metavar="FOLDER", help="pictures of the domain that training never saw")
+    parser.add_argument("--train", metavar="FOLDER", help="the training pictures (or bundled:NAME), for copying and variety")
+    parser.add_argument("--extractor", default="efficientnet-lite0", help="features to compare in (efficientnet-lite0)")
+    parser.add_argument("--n", type=int, default=1000, help="samples to draw (1000)")
+    parser.add_argument("--steps", type=int, metavar="K", help="steps to draw with; as for `unidad sample`")
+    parser.add_argument("--seed", type=int, default=0)
+    add_class_label(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the scores there too")
+    parser.add_argument("--panel", metavar="FILE.png", help="picture of the samples nearest to training pictures")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+
+
+def add_export(commands: Commands) -> None:
+    """`unidad export`."""
+    parser = command(
+        commands,
+        "export",
+        "Write a run's student as a stock diffusers folder with a model card.",
+        "  unidad export runs/mine --out my_generator\n  unidad export runs/mine --out my_generator --half",
+        _export,
+    )
+    parser.add_argument("model", metavar="RUN")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--half", action="store_true", help="store float16 weights")
+
+
+def add_info(commands: Commands) -> None:
+    """`unidad info`."""
+    parser = command(
+        commands,
+        "info",
+        "Say in plain words what a model, run or folder of pictures is.",
+        "  unidad info runs/mine\n  unidad info bundled:avatars",
+        _info,
+    )
+    parser.add_argument("path", metavar="PATH")
+
+
+def add_doctor(commands: Commands) -> None:
+    """`unidad doctor`."""
+    command(commands, "doctor", "Check this machine: versions, device, memory, disk, known trouble.", "  unidad doctor", _doctor)
+
+
+def _sample(args: argparse.Namespace, _console: Console) -> int:
+    from unidad.commands import sample_to_folder
+
+    print(sample_to_folder(args.model, args.n, args.out, args.steps, args.seed, args.batch_size, args.device, args.class_label))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, _console: Console) -> int:
+    from unidad.commands import evaluate_command
+
+    print(evaluate_command(args))
+    return 0
+
+
+def _export(args: argparse.Namespace, _console: Console) -> int:
+    from unidad.commands import export_run
+
+    print(export_run(args.model, Path(args.out), args.half))
+    return 0
+
+
+def _info(args: argparse.Namespace, _console: Console) -> int:
+    from unidad.info import describe_path
+
+    print(describe_path(args.path))
+    return 0
+
+
+def _doctor(_args: argparse.Namespace, _console: Console) -> int:
+    from unidad.info import doctor
+
+    text, healthy = doctor()
+    print(text)
+    return 0 if healthy else 1
