@@ -67,6 +67,13 @@ def test_a_warm_up_must_leave_cycles_for_the_student():
         train(cycles=5, target_warmup=5)
 
 
+def test_the_target_teacher_learns_at_least_while_it_is_warmed_up():
+    assert train(cycles=5, target_warmup=3, target_cycles=3).target_cycles == 3
+    assert train(cycles=5, target_warmup=3, target_cycles=0).target_cycles == 0
+    with pytest.raises(SettingsError, match="'target_cycles' is 2, fewer than the 3 of 'target_warmup'"):
+        train(cycles=5, target_warmup=3, target_cycles=2)
+
+
 def test_every_range_and_choice_belongs_to_a_setting():
     known = {f.name for kind in (TrainSettings, PretrainSettings) for f in fields(kind)}
     assert RANGES.keys() | CHOICES.keys() <= known

@@ -305,6 +305,30 @@ def test_rates(tmp_path, picture_folder):
     assert trainer._rate("heads") == pytest.approx(5e-3)
 
 
+def test_the_rate_falls_to_zero_over_the_cycles_in_which_a_network_learns(tmp_path, picture_folder):
+    method = tiny.unidad(warmup=2, target_cycles=6)
+    trainer = make(tmp_path, picture_folder, method, warmup=1, lr=1e-3, lr_decay="cosine", cycles=10)
+
+    def rates(name: str) -> list[float]:
+        found = []
+        for cycle in (2, 4, 6, 10):
+            trainer.place.cycle = cycle
+            found.append(trainer._rate(name))
+        return found
+
+    assert rates("target_teacher") == pytest.approx([7.5e-4, 2.5e-4, 0.0, 0.0])
+    assert rates("student") == pytest.approx([1e-3, 1e-3 * 0.5 * (1 + 0.5**0.5), 5e-4, 0.0])
+
+
+def test_the_target_teacher_is_frozen_after_its_cycles(tmp_path, picture_folder):
+    method = tiny.unidad(warmup=1, target_cycles=2)
+    trainer = make(tmp_path, picture_folder, method, cycles=3)
+    phases = [[phase.name for phase in method.cycle_phases(cycle)] for cycle in range(3)]
+    assert phases == [["target_teacher"], ["student", "fake_teacher", "target_teacher"], ["student", "fake_teacher"]]
+    trainer.fit()
+    assert trainer.place.updates == {"student": 2, "fake_teacher": 4, "target_teacher": 2, "heads": 4}
+
+
 def test_gradients_are_clipped_per_network(tmp_path, picture_folder):
     method = Brightness()
     trainer = make(tmp_path, picture_folder, method, cycles=1, clip=1e-3)

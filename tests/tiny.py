@@ -30,7 +30,14 @@ def backbone(seed: int = 0, kind: str = "v_prediction", widths: tuple[int, ...] 
 
 
 def unidad(
-    batch_size: int = 2, steps: int = 2, heads: str = "multi", seed: int = 7, drop: tuple[str, ...] = (), warmup: int = 0, **numbers
+    batch_size: int = 2,
+    steps: int = 2,
+    heads: str = "multi",
+    seed: int = 7,
+    drop: tuple[str, ...] = (),
+    warmup: int = 0,
+    target_cycles=None,
+    **numbers,
 ) -> UniDAD:
     """Four networks with different weights (so that no gradient is zero by accident) and the heads."""
     objective = Objective(**({"fake_updates": 2, "a": 0.25} | numbers))
@@ -44,6 +51,7 @@ def unidad(
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
         target_warmup=warmup,
+        target_cycles=target_cycles,
     )
 
 

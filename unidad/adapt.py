@@ -130,6 +130,7 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
         target_teacher=network(parts.adapted) if objective.uses_target else None,
         train_target=parts.adapted is None,
         target_warmup=settings.target_warmup,
+        target_cycles=settings.target_cycles or None,
         **common,
     )
 

@@ -33,7 +33,7 @@ class LoopSettings:
     batch_size: int = 8
     accumulation: int = 1  # micro-batches per update
     lr: float = 1e-4
-    lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle)
+    lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle in which a network learns)
     warmup: int = 100  # updates of each network over which its rate rises from 0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -83,6 +83,7 @@ class TrainSettings(LoopSettings):
     lr_heads: float = 0.0  # of the heads; 0: lr_fake
     lr_target: float = 0.0  # of the target teacher; 0: lr
     target_warmup: int = 0  # of the cycles, so many first ones train the target teacher alone
+    target_cycles: int = 0  # of the cycles, so many first ones train the target teacher, which is frozen then; 0: all
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "anchor_batch": (0, 65536),
     "fake_updates": (1, 10**6),
     "target_warmup": (0, 10**9 - 1),
+    "target_cycles": (0, 10**9),
     "class_label": (-1, 10**9),
     "size": (8, 4096),
 }
@@ -251,6 +253,10 @@ def _check_uni_dad(settings: TrainSettings) -> None:
     if settings.cycles <= settings.target_warmup:
         raise SettingsError(
             f"'target_warmup' is {settings.target_warmup} of {settings.cycles} cycles: the student would learn nothing."
+        )
+    if 0 < settings.target_cycles < settings.target_warmup:
+        raise SettingsError(
+            f"'target_cycles' is {settings.target_cycles}, fewer than the {settings.target_warmup} of 'target_warmup'. Raise it."
         )
     if settings.dmd_weight == 0 and settings.gan_weight == 0:
         raise SettingsError("'dmd_weight' and 'gan_weight' are both 0: the student would learn nothing. Raise one of them.")

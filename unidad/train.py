@@ -208,8 +208,15 @@ class Trainer:
         s = self.settings
         rate = self.rates[name] * min(1.0, (self.place.updates[name] + 1) / max(1, s.warmup))
         if s.lr_decay == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.place.cycle / s.cycles)))
+            first, end = self._span(name)
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, (self.place.cycle - first) / (end - first))))
         return rate
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """The first cycle in which a network learns, and the one after the last."""
+        phases = [p for p in self.method.phases if name in p.trains]
+        ends = [self.settings.cycles if p.ends is None else min(p.ends, self.settings.cycles) for p in phases]
+        return min(p.begins for p in phases), max(ends)
 
     def _after_cycle(self) -> None:
         s, cycle = self.settings, self.place.cycle

@@ -41,10 +41,10 @@ class AdaptThenDistill(UniDAD):
             source_teacher=None,
             train_target=True,
             target_warmup=adapt_cycles,
+            target_cycles=adapt_cycles,
             **others,
         )
         self.adapt_cycles = adapt_cycles
-        self.phases = [replace(p, ends=adapt_cycles) if p.name == "target_teacher" else p for p in self.phases]
         self._receivers = ("student", "fake_teacher") if student_from_teacher else ("fake_teacher",)
 
     def start_cycle(self, cycle: int) -> tuple[str, ...]:

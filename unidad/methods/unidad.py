@@ -102,6 +102,7 @@ class UniDAD(Method):
         generator: source of all noise and timesteps, on the networks' device.
         train_target: False keeps the target teacher as it is (a pre-adapted checkpoint).
         target_warmup: so many first cycles train the target teacher alone.
+        target_cycles: so many train it at all, after which it is frozen; None: all.
         label: class of every picture, for class-conditional networks.
 
     Raises:
@@ -124,6 +125,7 @@ class UniDAD(Method):
         generator: torch.Generator,
         train_target: bool = True,
         target_warmup: int = 0,
+        target_cycles: int | None = None,
         label: int | None = None,
     ):
         self.o = objective
@@ -152,7 +154,7 @@ class UniDAD(Method):
             Phase("fake_teacher", learners, k, self.fake_teacher_loss, needs_data=objective.uses_gan, begins=first),
         ]
         if trains_target:
-            self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss))
+            self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss, ends=target_cycles))
 
     def carried(self) -> list[Tensor]:
         """Student samples kept for the first fake-teacher update, then the anchor's pool and its age, if there is one."""
