@@ -135,6 +135,15 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
     )
 
 
+def network_rates(settings: TrainSettings) -> dict[str, float]:
+    """Learning rates of the networks that have their own; 0 where that is `lr`."""
+    return {
+        "fake_teacher": settings.lr_fake,
+        "heads": settings.lr_heads or settings.lr_fake,
+        "target_teacher": settings.lr_target,
+    }
+
+
 def train(
     target: str | Path,
     out: str | Path,
@@ -169,12 +178,8 @@ def train(
         accelerator = make_accelerator(settings, run)
         stream = PictureStream(parts.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
         log = Log(run, accelerator, console)
-        rates = {
-            "fake_teacher": settings.lr_fake,
-            "heads": settings.lr_heads or settings.lr_fake,
-            "target_teacher": settings.lr_target,
-        }
-        trainer = Trainer(method, stream, settings, run, log, generator, accelerator, _sampler(parts, settings), rates)
+        sampler, rates = _sampler(parts, settings), network_rates(settings)
+        trainer = Trainer(method, stream, settings, run, log, generator, accelerator, sampler, rates)
         found = checkpoint.latest(run.checkpoints) if resume else None
         if found:
             trainer.restore(found[1])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from unidad import __version__
-from unidad.cli import training, using
+from unidad.cli import measuring, training, using
 from unidad.cli.common import Parser
 from unidad.errors import NonFiniteError, UserError
 
@@ -106,4 +106,5 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_pretrain(commands)
     using.add_info(commands)
     using.add_doctor(commands)
+    measuring.add_bench(commands)
     return parser

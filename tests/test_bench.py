@@ -1,0 +1,84 @@
+"""Measurements: what is counted is right; how long things take is nobody's business here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from unidad.architectures import ARCHITECTURES, random_model
+from unidad.bench import Cycle, bench_train, compare
+from unidad.cli import main
+
+SMALL = {"batch_size": 2, "steps": 1, "fake_updates": 1, "gan_weight": 0.0, "disc_weight": 0.0}
+
+
+def flops(folder, **values):
+    cycle = Cycle.build("avatars", SMALL | values, folder)
+    return cycle.flops(), cycle.forward_flops()
+
+
+def test_a_teacher_without_weight_saves_exactly_one_forward_of_the_batch(tmp_path):
+    both, forward = flops(tmp_path / "both", a=0.5)
+    source_only, _ = flops(tmp_path / "source", a=0.0, target_teacher="off")
+    assert both["student"] - source_only["student"] == 2 * forward
+    assert both["fake_teacher"] == source_only["fake_teacher"]
+    assert "target_teacher" not in source_only
+
+
+def test_a_denoising_update_costs_three_forwards_but_for_the_gradient_of_the_picture(tmp_path):
+    """Backward needs the gradient of weights and of inputs at every layer, except of the first layer's input."""
+    counted, forward = flops(tmp_path, a=0.5)
+    first_layer = 2 * 32 * 32 * 3 * 24 * 9
+    times = 2  # pictures in the batch
+    assert counted["target_teacher"] == counted["fake_teacher"]
+    assert counted["target_teacher"] <= 3 * times * forward - times * first_layer
+    assert counted["target_teacher"] > 2.9 * times * forward
+
+
+def test_another_step_without_gradient_costs_one_forward_of_the_batch(tmp_path):
+    one, forward = flops(tmp_path / "one", rollout_grad="last")
+    three, _ = flops(tmp_path / "three", rollout_grad="last", steps=3)
+    assert three["student"] - one["student"] == 2 * 2 * forward
+
+
+def test_two_things_are_compared_in_alternation():
+    order, clock = [], iter([9.0, 9.0, 2.0, 1.0, 6.0, 2.0, 1.0, 4.0])
+
+    def run(name):
+        order.append(name)
+        return next(clock)
+
+    result = compare(lambda: run("a"), lambda: run("b"), 3)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    # after the warm-up: b 2 a 1, a 6 b 2, b 1 a 4
+    assert (result["ratio"], result["first"], result["second"]) == (3.0, 4.0, 2.0)
+    assert (result["low"], result["high"]) == (1.75, 3.5)
+
+
+def test_the_numbers_of_a_cycle_fit_each_other(tmp_path):
+    result = bench_train("avatars", SMALL, 1, tmp_path)
+    assert set(result["seconds"]) == {"cycle", "student", "fake_teacher", "target_teacher"}
+    assert sum(result["flops"].values()) == 2 * result["flops"]["cycle"]
+    share = result["flops"]["cycle"] / result["seconds"]["cycle"] / result["matmul_flops_per_second"]
+    assert result["share"] == pytest.approx(share)
+    assert result["images_per_second"] == pytest.approx(2 / result["seconds"]["cycle"])
+
+
+@pytest.mark.parametrize("name", ["adm-32x64"])
+def test_an_architecture_has_its_attention_where_it_says(name):
+    unet, architecture = random_model(name).backbone.unet, ARCHITECTURES[name]
+    sides = [architecture.size // 2**i for i, block in enumerate(unet.down_blocks) if getattr(block, "attentions", None)]
+    assert tuple(sides) == architecture.attention
+    assert unet.conv_out.out_channels == 6
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    assert main(["bench", "sample", "-n", "3", "--steps", "1", "--json", str(tmp_path / "x.json")]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "x.json").read_text())
+    small = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    assert main(["bench", "train", "--cycles", "1", "--compare", "a=0,target_teacher=off", "a=0.5", *small]) == 0
+    assert "quartiles of 1 pairs" in capsys.readouterr().out
+    assert main(["bench", "train", "--arch", "adm-255"]) == 2
+    assert "Did you mean 'adm-256'" in capsys.readouterr().err
+    assert main(["bench", "train", "--cycles", "0"]) == 2
