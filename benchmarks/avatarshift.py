@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from unidad.backbones.load import bundled_names, bundled_path
+from unidad.backbones.load import Model, bundled_names, bundled_path
 from unidad.commands import draw_from, load_product
 from unidad.data import list_pictures, load_folder, picture_grid
 from unidad.metrics.evaluate import evaluate
@@ -130,6 +132,17 @@ def train_cell(row: Row, pictures: Path, out: Path, seed: int, overrides: list[s
     return cost
 
 
+def samples_of(model: Model, nfe: int | None, n: int, kept: Path | None) -> Tensor:
+    """Samples of a model; those of the source, which every target is compared with, are drawn once and kept in a file."""
+    if kept is not None and kept.exists():
+        return load_file(kept)["samples"]
+    samples = draw_from(model, n, nfe, SAMPLE_SEED, 50, "auto")
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"samples": samples}, kept)
+    return samples
+
+
 def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extractor: EfficientNetLite0) -> dict[str, Any]:
     """Train if need be, draw, score; the result is kept beside the run."""
     row = METHODS[name]
@@ -139,7 +152,7 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
         return json.loads(kept.read_text())
     cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set) if out else {}
     model = load_product(out or "bundled:avatars")
-    samples = draw_from(model, args.n, row.nfe, SAMPLE_SEED, 50, "auto")
+    samples = samples_of(model, row.nfe, args.n, None if out else args.runs / f"source-{row.nfe}-n{args.n}.safetensors")
     size = samples.shape[-1]
     reference, train = load_folder(target.heldout, size).pixels, load_folder(target.train, size).pixels
     scores = evaluate(samples, reference, train, extractor, cache_dir=args.runs / "features")
