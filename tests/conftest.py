@@ -14,6 +14,13 @@ from unidad.export import save_source
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("UNIDAD_WEIGHTS", raising=False)
+
+
 @pytest.fixture
 def net_v() -> UNet2DBackbone:
     """Three levels, attention at 8x8 and in the middle, cosine schedule, v-prediction."""

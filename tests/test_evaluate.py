@@ -12,6 +12,7 @@ from unidad.errors import DataError, SettingsError, UserError
 from unidad.metrics import features as f
 from unidad.metrics.distances import frechet_distance, kernel_distance, prdc
 from unidad.metrics.evaluate import evaluate, nearest_panel, table
+from unidad.metrics.extractors import load_extractor
 
 
 def pictures(n: int, seed: int = 0, side: int = 8) -> torch.Tensor:
@@ -23,7 +24,7 @@ class Flat:
     """The pictures' own numbers as features, and a count of the pictures it was asked for."""
 
     def __init__(self, name: str = "flat", digest: str = "ab" * 32):
-        self.name, self.digest, self.seen = name, digest, 0
+        self.name, self.digest, self.resize, self.seen = name, digest, "none", 0
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         self.seen += len(pixels)
@@ -32,7 +33,7 @@ class Flat:
 
 @pytest.fixture(scope="module")
 def lite0() -> f.Extractor:
-    return f.load_extractor("efficientnet-lite0", size=64)
+    return load_extractor("efficientnet-lite0", size=64)
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_lite0_is_named_after_its_size_and_weights(lite0):
 
 
 def test_lite0_normalises_as_it_was_trained():
-    extractor = f.load_extractor()
+    extractor = load_extractor()
     assert extractor.name == "efficientnet-lite0"
     for level, value in ((127, 0.0), (255, 1.0)):
         pixels = torch.full((1, 3, 32, 32), level, dtype=torch.uint8)
@@ -66,9 +67,9 @@ def test_lite0_normalises_as_it_was_trained():
 
 def test_unknown_extractors_and_sizes_are_refused():
     with pytest.raises(SettingsError, match="Did you mean 'efficientnet-lite0'"):
-        f.load_extractor("efficientnet-lite")
+        load_extractor("efficientnet-lite")
     with pytest.raises(SettingsError, match="multiple of 32"):
-        f.load_extractor(size=100)
+        load_extractor(size=100)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 3, 8, 8), pictures(2)[:, :1], pictures(2)[0], pictures(2)[:0]])

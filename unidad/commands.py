@@ -133,25 +133,41 @@ def evaluate_command(args: argparse.Namespace) -> str:
     Raises:
         UserError: as loading and drawing do.
     """
-    from unidad.metrics.evaluate import evaluate, nearest_panel, table
-    from unidad.metrics.features import load_extractor
+    from unidad.metrics.evaluate import evaluate, nearest_panel, score_names, table
+    from unidad.metrics.extractors import load_extractor
+    from unidad.metrics.reference import load_statistics
+    from unidad.metrics.weights import cache_folder
 
-    extractor = load_extractor(args.extractor)
-    if args.panel and not args.train:
-        raise SettingsError("--panel needs --train FOLDER.")
-    if args.n < 2:
-        raise SettingsError("--n must be at least 2.")
+    _check_evaluate(args)
+    statistics = load_statistics(args.reference) if args.reference.endswith(".npz") else None
+    extractor = load_extractor(args.extractor, args.weights, args.download, pick_device(args.device))
     samples, facts = _samples(args)
     size = samples.shape[-1]
-    reference = load_folder(bundled_path(args.reference, "targets"), size).pixels
+    reference = statistics or load_folder(bundled_path(args.reference, "targets"), size).pixels
     train = load_folder(bundled_path(args.train, "targets"), size).pixels if args.train else None
-    scores = evaluate(samples, reference, train, extractor) | facts
+    cache = None if args.no_cache else cache_folder() / "features"
+    seed = args.seed if facts["drawn_with"] else None
+    scores = evaluate(samples, reference, train, extractor, mode=args.mode, seed=seed, cache_dir=cache) | facts
     if args.json:
-        Path(args.json).write_text(json.dumps({k: v for k, v in scores.items() if k != "nearest"}, indent=1) + "\n")
+        written = {k: v for k, v in scores.items() if k != "nearest"} | {"names": score_names(extractor.name)}
+        Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
     if args.panel:
         assert train is not None
         nearest_panel(samples, train, scores["nearest"]).save(args.panel)
     return table(scores)
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    """Raise SettingsError for what would otherwise come out after minutes of drawing."""
+    if args.panel and not args.train:
+        raise SettingsError("--panel needs --train FOLDER.")
+    if args.extractor.startswith("lpips-") and not args.train:
+        raise SettingsError(f"{args.extractor} scores variety and copying, which need the training pictures: add --train FOLDER.")
+    if args.n < 2:
+        raise SettingsError("--n must be at least 2.")
+    for flag, file in (("--json", args.json), ("--panel", args.panel)):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise SettingsError(f"{flag}: there is no folder '{Path(file).parent}'. Make it first or give another file.")
 
 
 def _samples(args: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:

