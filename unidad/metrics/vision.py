@@ -16,26 +16,17 @@ from unidad.metrics.features import in_batches, resized
 
 @dataclass(frozen=True)
 class Family:
-    """How a kind of model is loaded and fed: `side` None means the size in its configuration; mean and deviation are of pixels in 0..1."""
+    """What a kind of model is fed: mean and deviation are of pixels in 0..1; `side` None means the size in its configuration."""
 
     hub_id: str
-    model_class: str
-    model_types: tuple[str, ...]
     side: int | None
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
 
 
 FAMILIES = {
-    "dinov2": Family("facebook/dinov2-base", "Dinov2Model", ("dinov2",), 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": Family(
-        "openai/clip-vit-base-patch32",
-        "CLIPVisionModelWithProjection",
-        ("clip", "clip_vision_model"),
-        None,
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
+    "dinov2": Family("facebook/dinov2-base", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": Family("openai/clip-vit-base-patch32", None, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 
 
@@ -64,12 +55,12 @@ class VisionFeatures:
         batch_size: int = 32,
         device: torch.device | str = "cpu",
     ):
-        self._family = FAMILIES[family]
+        self._kind, self._family = family, FAMILIES[family]
         source = str(source or self._family.hub_id)
         self.batch_size, self.device = batch_size, torch.device(device)
-        network = _load(self._family, source, download)
+        network = _load(family, source, download)
         self._network = network.eval().requires_grad_(False).to(self.device)
-        self._side = self._family.side or int(network.config.image_size)
+        self._side = self._family.side or int(network.config.vision_config.image_size)
         self.name = f"{family}:{Path(source).name}"
         self.resize = f"bicubic to {self._side}x{self._side}, antialiased"
         self.digest = state_digest(self._network)
@@ -83,11 +74,13 @@ class VisionFeatures:
             torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self._family.mean, self._family.deviation)
         )
         x = resized(pixels.to(self.device), self._side, self._side) / 255
-        found = self._network(pixel_values=(x - mean) / deviation)
-        return found.image_embeds if "image_embeds" in found else found.last_hidden_state[:, 0]
+        x = (x - mean) / deviation
+        if self._kind == "clip":
+            return self._network.visual_projection(self._network.vision_model(pixel_values=x).pooler_output)
+        return self._network(pixel_values=x).last_hidden_state[:, 0]
 
 
-def _load(family: Family, source: str, download: bool) -> Any:
+def _load(family: str, source: str, download: bool) -> Any:
     try:
         import transformers
     except ImportError:
@@ -95,11 +88,9 @@ def _load(family: Family, source: str, download: bool) -> Any:
     local: dict[str, Any] = {"local_files_only": Path(source).is_dir() or not download}
     try:
         kind = transformers.AutoConfig.from_pretrained(source, **local).model_type
-        if kind not in family.model_types:
-            raise ModelError(f"'{source}' is a '{kind}' model; {' or '.join(family.model_types)} is needed here.")
-        network, report = getattr(transformers, family.model_class).from_pretrained(
-            source, output_loading_info=True, dtype=torch.float32, **local
-        )
+        if kind != family:
+            raise ModelError(f"'{source}' is a '{kind}' model, not '{family}'. Give another --weights or --extractor.")
+        network, report = transformers.AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **local)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded here: {' '.join(str(error).split())[:200]} Give a folder saved by transformers with "

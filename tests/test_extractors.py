@@ -1,0 +1,353 @@
+"""Where weights come from and what is refused; DINOv2 and CLIP from tiny models; statistics files; the command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_lpips
+import torch
+from PIL import Image
+
+from unidad.cli import main
+from unidad.data import load_folder
+from unidad.errors import DataError, ModelError, SettingsError
+from unidad.metrics import weights as files
+from unidad.metrics.distances import frechet_distance, kernel_distance, prdc
+from unidad.metrics.evaluate import evaluate, score_names, table
+from unidad.metrics.extractors import load_extractor
+from unidad.metrics.features import resized
+from unidad.metrics.reference import load_statistics
+
+
+def pictures(n: int, seed: int = 0, side: int = 32) -> torch.Tensor:
+    return test_lpips.pictures(n, seed, side)
+
+
+def known(path: Path, name: str, url: str = "https://example.org/weights") -> files.WeightsFile:
+    content = path.read_bytes()
+    return files.WeightsFile(name, hashlib.sha256(content).hexdigest(), len(content), url)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[list[Path], list[files.WeightsFile]]:
+    paths = [tmp_path / "given" / name for name in ("first.bin", "second.bin")]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_bytes(path.name.encode() * 100)
+    return paths, [known(path, f"{path.stem}.pth", path.as_uri()) for path in paths]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_given_files_are_told_apart_by_their_hash(two):
+    paths, needed = two
+    assert files.find_weights(needed, paths[::-1]) == paths
+
+
+def test_weights_are_looked_for_in_one_folder(two, tmp_path, monkeypatch):
+    paths, needed = two
+    assert files.weights_folder() == files.cache_folder() / "weights"
+    monkeypatch.setenv("UNIDAD_WEIGHTS", str(tmp_path / "here"))
+    with pytest.raises(ModelError) as missing:
+        files.find_weights(needed[:1])
+    for part in ("first.pth", needed[0].sha256, str(tmp_path / "here"), "UNIDAD_WEIGHTS", "--weights", needed[0].url):
+        assert part in str(missing.value)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "first.pth").write_bytes(paths[0].read_bytes())
+    assert files.find_weights(needed, [paths[1]]) == [tmp_path / "here" / "first.pth", paths[1]]
+
+
+def test_another_hash_is_refused_wherever_the_file_lies(two, tmp_path, monkeypatch):
+    paths, needed = two
+    with pytest.raises(ModelError, match="which is that of none"):
+        files.find_weights(needed[:1], paths)
+    with pytest.raises(ModelError, match="no weights file"):
+        files.find_weights(needed, [tmp_path / "nowhere"])
+    monkeypatch.setenv("UNIDAD_WEIGHTS", str(tmp_path))
+    (tmp_path / "first.pth").write_bytes(paths[1].read_bytes())
+    with pytest.raises(ModelError, match="damaged or another file"):
+        files.find_weights(needed[:1])
+
+
+def test_downloads_happen_when_asked_for_and_leave_nothing_wrong_behind(two, tmp_path, monkeypatch):
+    paths, needed = two
+    folder = tmp_path / "fetched"
+    monkeypatch.setenv("UNIDAD_WEIGHTS", str(folder))
+    assert files.find_weights(needed, download=True) == [folder / "first.pth", folder / "second.pth"]
+    assert (folder / "second.pth").read_bytes() == paths[1].read_bytes()
+    with pytest.raises(ModelError, match="another sha256"):
+        files.find_weights([replace(needed[0], name="third.pth", sha256="0" * 64)], download=True)
+    with pytest.raises(ModelError, match="cannot be fetched"):
+        files.find_weights([replace(needed[0], name="third.pth", url=paths[0].as_uri() + ".gone")], download=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["first.pth", "second.pth"]
+
+
+def test_names_of_published_files_begin_with_their_hash():
+    for file in (files.INCEPTION, files.VGG16, files.ALEXNET):
+        assert file.name.removesuffix(".pth").rpartition("-")[2] == file.sha256[:8]
+        assert file.url.endswith(file.name)
+
+
+@pytest.mark.parametrize(("net", "file"), [("vgg", files.LPIPS_VGG), ("alex", files.LPIPS_ALEX)])
+def test_the_linear_weights_that_torchmetrics_carries_are_the_pinned_ones(net, file):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
+    assert (files.sha256_of(path), path.stat().st_size) == (file.sha256, file.size)
+    linear = torch.load(path, map_location="cpu", weights_only=True)
+    shapes = {key: shape for key, shape in test_lpips.weight_shapes(net).items() if key.startswith("lin")}
+    assert {key: tuple(value.shape) for key, value in linear.items()} == shapes
+
+
+# -- extractors by name -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alex_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Random LPIPS weights in two files, as if they were the published ones."""
+    state = test_lpips.random_state("alex")
+    paths = [tmp_path / "alexnet.pth", tmp_path / "linear.pth"]
+    for path, start in zip(paths, ("features.", "lin"), strict=True):
+        torch.save({key: value for key, value in state.items() if key.startswith(start)}, path)
+    monkeypatch.setattr(files, "ALEXNET", known(paths[0], "alexnet-owt.pth"))
+    monkeypatch.setattr(files, "LPIPS_ALEX", known(paths[1], "lpips-alex.pth"))
+    return paths
+
+
+def test_lpips_by_name_reads_both_files(alex_files):
+    extractor = load_extractor("lpips-alex", alex_files[::-1], batch_size=3)
+    direct = test_lpips.Lpips("alex", test_lpips.random_state("alex"), "")
+    assert torch.equal(extractor(pictures(2)), direct(pictures(2)))
+    both = "\n".join(file.sha256 for file in (files.ALEXNET, files.LPIPS_ALEX))
+    assert extractor.digest == hashlib.sha256(both.encode()).hexdigest()
+    with pytest.raises(ModelError, match=r"'lpips-alex\.pth'"):
+        load_extractor("lpips-alex", alex_files[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("inception-fid", files.INCEPTION), ("lpips-vgg", files.VGG16), ("lpips-alex", files.ALEXNET)]
+)
+def test_without_weights_the_file_is_named(name, file):
+    with pytest.raises(ModelError, match=file.sha256):
+        load_extractor(name)
+
+
+def test_weights_that_cannot_be_meant_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="brings its own"):
+        load_extractor("efficientnet-lite0", [tmp_path])
+    with pytest.raises(SettingsError, match="takes one"):
+        load_extractor("clip", ["a", "b"])
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    dino = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=28, patch_size=14))
+    dino.save_pretrained(folder / "tiny-dino")
+    vision = {**sizes, "intermediate_size": 32, "image_size": 32, "patch_size": 8}
+    text = {**sizes, "intermediate_size": 32, "vocab_size": 50}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    clip.save_pretrained(folder / "tiny-clip")
+    return {"dinov2": folder / "tiny-dino", "clip": folder / "tiny-clip"}
+
+
+@pytest.mark.parametrize(("family", "side", "dim"), [("dinov2", 224, 16), ("clip", 32, 12)])
+def test_transformers_features_are_the_models_own(tiny_models, family, side, dim):
+    import transformers
+
+    extractor = load_extractor(family, [str(tiny_models[family])], batch_size=2)
+    pixels = pictures(3, side=48)
+    ours = extractor(pixels)
+    assert ours.shape == (3, dim)
+    assert extractor.name == f"{family}:{tiny_models[family].name}"
+    assert extractor.resize == f"bicubic to {side}x{side}, antialiased"
+    published = {
+        "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    }
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in published[family])
+    x = (resized(pixels, side, side) / 255 - mean) / deviation
+    model = transformers.AutoModel.from_pretrained(tiny_models[family], local_files_only=True).eval()
+    with torch.no_grad():
+        if family == "dinov2":
+            expected = model(pixel_values=x).pooler_output
+        else:
+            expected = model.visual_projection(model.vision_model(pixel_values=x).pooler_output)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert len(extractor.digest) == 64
+
+
+def test_transformers_digest_is_that_of_the_numbers(tiny_models, tmp_path):
+    from transformers import Dinov2Model
+
+    first = load_extractor("dinov2", [tiny_models["dinov2"]]).digest
+    model = Dinov2Model.from_pretrained(tiny_models["dinov2"])
+    model.save_pretrained(tmp_path / "same", max_shard_size="10KB")
+    assert load_extractor("dinov2", [tmp_path / "same"]).digest == first
+    with torch.no_grad():
+        model.layernorm.bias[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    assert load_extractor("dinov2", [tmp_path / "other"]).digest != first
+
+
+def test_transformers_models_of_another_kind_or_absent_are_refused(tiny_models, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="'clip' model"):
+        load_extractor("dinov2", [tiny_models["clip"]])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_extractor("clip", [tmp_path])
+    import safetensors.torch
+
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "config.json").write_bytes((tiny_models["dinov2"] / "config.json").read_bytes())
+    state = safetensors.torch.load_file(tiny_models["dinov2"] / "model.safetensors")
+    del state["layernorm.bias"]
+    safetensors.torch.save_file(state, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks weights"):
+        load_extractor("dinov2", [tmp_path / "partial"])
+
+
+def test_a_hub_id_is_not_fetched_unless_asked(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    asked = []
+
+    def from_pretrained(source: str, **options: object) -> None:
+        asked.append((source, options["local_files_only"]))
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    for download in (False, True):
+        with pytest.raises(ModelError, match="--download"):
+            load_extractor("dinov2", download=download)
+    assert asked == [("facebook/dinov2-base", True), ("facebook/dinov2-base", False)]
+
+
+# -- statistics files -------------------------------------------------------------------------------------------------
+
+
+class Flat:
+    """The pictures' own first numbers as features."""
+
+    name, digest, resize = "inception-fid", "ab" * 32, "none"
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1)[:, :12].float() / 255
+
+
+def test_statistics_files_stand_for_the_reference(tmp_path):
+    samples, reference, train = pictures(40, 1), pictures(50, 2), pictures(4, 3)
+    real, fake = Flat()(reference), Flat()(samples)
+    moments = {"mu": real.mean(0).numpy(), "sigma": np.cov(real.numpy(), rowvar=False)}
+    np.savez(tmp_path / "fid.npz", **moments)
+    np.savez_compressed(tmp_path / "act.npz", act=real.numpy(), **moments)
+    bare = evaluate(samples, load_statistics(tmp_path / "fid.npz"), train, Flat())
+    assert bare["frechet_distance"] == pytest.approx(frechet_distance(real, fake), rel=1e-4)
+    assert (bare["reference"], bare["kernel_distance"], bare["precision"], bare["copying"]) == (None, None, None, None)
+    assert bare["intra_diversity"] > 0
+    whole = evaluate(samples, load_statistics(tmp_path / "act.npz"), train, Flat())
+    assert whole["reference"] == 50
+    assert whole["frechet_distance"] == pytest.approx(bare["frechet_distance"])
+    assert whole["kernel_distance"] == pytest.approx(kernel_distance(real, fake))
+    assert {key: whole[key] for key in ("precision", "recall")} == {k: v for k, v in prdc(real, fake, 5).items() if k[0] in "pr"}
+    assert "statistics of the reference" in table(bare)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3)}, "does not hold"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "does not hold"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "act": np.zeros((9, 4))}, "'act'"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "not finite"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "cannot be read"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "the extractor makes 12"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        evaluate(pictures(9), load_statistics(tmp_path / "s.npz"), None, Flat())
+
+
+def test_statistics_files_that_are_none_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04" + bytes(40))
+    for name, message in (("text.npz", "cannot be read"), ("cut.npz", "cannot be read"), ("absent.npz", "no statistics file")):
+        with pytest.raises(DataError, match=message):
+            load_statistics(tmp_path / name)
+
+
+def test_only_inception_makes_a_frechet_distance_an_fid():
+    assert score_names("inception-fid")["frechet_distance"] == "FID"
+    assert score_names("inception-fid")["kernel_distance"] == "KID"
+    for name in ("efficientnet-lite0", "dinov2:base", "clip:x", "lpips-vgg"):
+        assert not {"FID", "KID"} & set(score_names(name).values())
+    assert score_names("lpips-vgg")["intra_diversity"] == "Intra-LPIPS"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, str]:
+    train = pictures(3, 5)
+    for name, pixels in (("samples", test_lpips.around(train, 12)), ("reference", pictures(9, 2)), ("train", train)):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:02d}.png")
+    return {name: str(tmp_path / name) for name in ("samples", "reference", "train")}
+
+
+def test_the_command_scores_in_lpips_in_the_papers_mode(folders, alex_files, tmp_path, capsys):
+    args = ["evaluate", folders["samples"], "--reference", folders["reference"], "--train", folders["train"]]
+    args += ["--extractor", "lpips-alex", "--mode", "paper", "--json", str(tmp_path / "s.json"), "--panel", str(tmp_path / "p.png")]
+    assert main([*args, "--weights", str(alex_files[0]), "--weights", str(alex_files[1])]) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    samples, train = (load_folder(folders[name], 32).pixels for name in ("samples", "train"))
+    ours = test_lpips.Lpips("alex", test_lpips.random_state("alex"), "")
+    assert scores["intra_diversity"] == test_lpips.intra_lpips(ours, samples, train, mode="paper")[0].value
+    assert (scores["mode"], scores["seed"], scores["samples"], scores["names"]["intra_diversity"]) == (
+        "paper",
+        None,
+        12,
+        "Intra-LPIPS",
+    )
+    assert (tmp_path / "p.png").exists()
+    assert "mode: paper" in capsys.readouterr().out
+
+
+def test_the_command_keeps_features_by_content_unless_told_not_to(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    args = ["evaluate", folders["samples"], "--reference", folders["reference"], "--train", folders["train"]]
+    assert main([*args, "--no-cache"]) == 0
+    assert not (tmp_path / "cache").exists()
+    assert main(args) == 0
+    kept = sorted((tmp_path / "cache" / "unidad" / "features").iterdir())
+    assert len(kept) == 2  # reference and training pictures
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert main(args) == 0
+    assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--extractor", "inception-fid"], files.INCEPTION.sha256),
+        (["--extractor", "lpips-vgg"], "add --train"),
+        (["--json", "no/such/folder/s.json"], "there is no folder"),
+        (["--weights", "x.pth"], "brings its own"),
+    ],
+)
+def test_the_command_says_what_is_missing_before_it_draws(folders, capsys, more, message):
+    assert main(["evaluate", folders["samples"], "--reference", folders["reference"], *more]) == 2
+    assert message in capsys.readouterr().err
