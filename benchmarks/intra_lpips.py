@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from unidad.metrics.lpips import Lpips, intra_lpips, weight_shapes
+from unidad.report import peak_memory
 
 TARGETS, PER_CLUSTER = 10, 100
 
@@ -68,14 +69,15 @@ def count_pairs(n: int) -> int:
     return n * TARGETS + sum(size * (size - 1) // 2 for size in sizes)
 
 
-def measure(net: str, n: int, size: int, pairs: int | None) -> dict[str, object]:
+def measure(net: str, n: int, size: int, pairs: int | None, batch_size: int) -> dict[str, object]:
     """Seconds of both ways on this machine, and the scores that were computed."""
-    extractor = Lpips(net, random_weights(net), "random")
+    extractor = Lpips(net, random_weights(net), "random", batch_size)
     fake, targets = pictures(n, size)
     pair(extractor, fake[0], fake[1])  # the first call of a network is slower
     began = time.perf_counter()
     once, _ = intra_lpips(extractor, fake, targets, PER_CLUSTER)
     once_seconds = time.perf_counter() - began
+    peak = peak_memory()
     total = count_pairs(n)
     began = time.perf_counter()
     if pairs is None:
@@ -90,11 +92,13 @@ def measure(net: str, n: int, size: int, pairs: int | None) -> dict[str, object]
         "net": net,
         "n": n,
         "size": size,
+        "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "calls": total,
         "calls_made": total if pairs is None else pairs,
         "seconds_once": round(once_seconds, 2),
+        "peak_memory_once": peak,
         "seconds_pair_by_pair": round(pair_seconds, 2),
         "times_faster": round(pair_seconds / once_seconds, 1),
         "score_once": once.value,
@@ -110,9 +114,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000, help="pictures (1000)")
     parser.add_argument("--size", type=int, default=32, help="their side in pixels, at least 32 (32)")
     parser.add_argument("--pairs", type=int, metavar="P", help="make only P of the calls and extrapolate")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time, once over (16)")
     parser.add_argument("--out", metavar="FILE.json")
     args = parser.parse_args()
-    text = json.dumps(measure(args.net, args.n, args.size, args.pairs), indent=1)
+    text = json.dumps(measure(args.net, args.n, args.size, args.pairs, args.batch_size), indent=1)
     print(text)
     if args.out:
         Path(args.out).write_text(text + "\n")

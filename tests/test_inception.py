@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unidad.errors import DataError, ModelError
+from unidad.metrics import weights as files
+from unidad.metrics.evaluate import evaluate, table
+from unidad.metrics.extractors import load_extractor
 from unidad.metrics.inception import InceptionFid
 
 STEM = """
@@ -196,3 +201,15 @@ def test_other_weights_are_refused(state):
         InceptionFid({key: value for key, value in state.items() if key != "Mixed_7c.branch1x1.bn.bias"}, "")
     with pytest.raises(DataError, match="uint8"):
         InceptionFid(state, "")(torch.zeros(1, 3, 8, 8))
+
+
+def test_by_name_it_reads_the_file_and_its_frechet_distance_is_an_fid(state, tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    monkeypatch.setattr(files, "INCEPTION", replace(files.INCEPTION, sha256=files.sha256_of(path)))
+    extractor = load_extractor("inception-fid", [path], batch_size=4)
+    assert extractor.digest == files.sha256_of(path)
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    scores = evaluate(pixels[:3], pixels[3:], None, extractor)
+    assert f"FID {scores['frechet_distance']:>26.4f}" in table(scores)
+    assert f"KID {scores['kernel_distance']:>26.4f}" in table(scores)

@@ -37,7 +37,7 @@ def add_evaluate(commands: Commands) -> None:
     parser = command(
         commands,
         "evaluate",
-        "Score samples against held-out pictures: Frechet distance, KID, precision and recall, variety, copying.",
+        "Score samples against held-out pictures: Frechet distance, kernel distance, precision and recall, variety, copying.",
         """  unidad evaluate runs/mine --reference heldout_pictures --train my_pictures
   unidad evaluate folder_of_samples --reference heldout_pictures --json scores.json
   unidad evaluate runs/mine --reference all_pictures --extractor inception-fid --weights pt_inception-2015-12-05-6726825d.pth
@@ -63,8 +63,8 @@ def add_evaluate(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a weights file of that extractor, whatever its name; may be repeated (or put it into $UNIDAD_WEIGHTS, else the folder "
-        "`weights` beside the cache); for dinov2 and clip a folder saved by transformers, or a hub id",
+        help="a weights file of that extractor, whatever its name; may be repeated (or put it into the folder $UNIDAD_WEIGHTS, else "
+        "`weights` beside the cached features); for dinov2 and clip a folder saved by transformers, or a hub id",
     )
     parser.add_argument("--download", action="store_true", help="fetch weights that are missing; nothing is fetched without this")
     parser.add_argument(

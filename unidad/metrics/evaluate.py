@@ -81,22 +81,18 @@ def evaluate(
         "k": k,
         "mode": mode,
     }
-    against_training: dict[str, Any] = dict.fromkeys(_TRAINING_KEYS)
     if isinstance(extractor, Lpips):
-        scores: dict[str, Any] = dict.fromkeys(_SET_KEYS)
-        if train is not None:
-            against_training = _by_lpips(extractor, samples, reference, train, mode)
-        return facts | scores | against_training
+        return facts | _by_lpips(extractor, samples, reference, train, mode)
     fake = features_of(extractor, samples)
     real = reference if isinstance(reference, Statistics) else features_of(extractor, reference, cache_dir)
-    if train is not None:
-        known = features_of(extractor, train, cache_dir)
-        unseen = _heldout(reference, train)
-        heldout = distances.nearest(real[unseen], known) if isinstance(real, Tensor) and len(unseen) else None
-        against_training = _against_training(
-            distances.intra_diversity(fake, known, mode=mode), distances.nearest(fake, known), heldout
-        )
-    return facts | _against_reference(fake, real, k) | against_training
+    scores = _against_reference(fake, real, k)
+    if train is None:
+        return facts | scores | dict.fromkeys(_TRAINING_KEYS)
+    known = features_of(extractor, train, cache_dir)
+    unseen = _heldout(reference, train)
+    heldout = distances.nearest(real[unseen], known) if isinstance(real, Tensor) and len(unseen) else None
+    intra = distances.intra_diversity(fake, known, mode=mode)
+    return facts | scores | _against_training(intra, distances.nearest(fake, known), heldout)
 
 
 def _checked(samples: Tensor, reference: Tensor | Statistics, train: Tensor | None, n: int | None) -> Tensor:
@@ -148,14 +144,18 @@ def _against_training(
 
 
 def _by_lpips(
-    extractor: Lpips, samples: Tensor, reference: Tensor | Statistics, train: Tensor, mode: distances.IntraMode
+    extractor: Lpips, samples: Tensor, reference: Tensor | Statistics, train: Tensor | None, mode: distances.IntraMode
 ) -> dict[str, Any]:
+    """What pairs of pictures tell; the scores that need features of whole sets are None."""
+    nothing = dict.fromkeys((*_SET_KEYS, *_TRAINING_KEYS))
+    if train is None:
+        return nothing
     intra, found = intra_lpips(extractor, samples, train, mode=mode)
     if mode == "paper":  # its distances, between two ranges of values, are no measure of copying
         found = nearest_lpips(extractor, samples, train)
     unseen = _heldout(reference, train)
     heldout = nearest_lpips(extractor, reference[unseen], train) if isinstance(reference, Tensor) and len(unseen) else None
-    return _against_training(intra, found, heldout)
+    return nothing | _against_training(intra, found, heldout)
 
 
 def _heldout(reference: Tensor | Statistics, train: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def intra_lpips(
     """`distances.intra_diversity` in LPIPS without holding the features: Intra-LPIPS (Ojha et al. 2021), one pass over the fakes.
 
     A cluster keeps the sum of its members' differences d_i from its target and of their squares, for
-    mean |x_i - x_j|^2 over pairs = 2 / (n - 1) * (sum |d_i|^2 - |sum d_i|^2 / n). Memory: 2 M + batch_size feature vectors.
+    mean |x_i - x_j|^2 over pairs = 2 / (n - 1) * (sum |d_i|^2 - |sum d_i|^2 / n). Memory: 2 (M + batch_size) feature vectors.
 
     Args:
         fake: [N, 3, H, W] uint8.
