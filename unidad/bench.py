@@ -22,7 +22,7 @@ from unidad.data import PictureSet, PictureStream
 from unidad.device import make_accelerator, pick_device, use_bf16
 from unidad.errors import SettingsError
 from unidad.log import Log
-from unidad.metrics.features import load_extractor
+from unidad.metrics.extractors import load_extractor
 from unidad.run import RunFolder
 from unidad.sample import draw
 from unidad.train import Trainer
