@@ -65,9 +65,11 @@ METHODS: dict[str, Row] = {
     "uni-dad-k1": _uni_dad("uni-dad-k1", steps=1),
     "uni-dad-k2": _uni_dad("uni-dad-k2", steps=2),
     "uni-dad-k4": _uni_dad("uni-dad-k4", steps=4),
-    "no-target-teacher": _uni_dad("no-target-teacher", a=0.0, target_teacher="off", target_warmup=0),
-    "gan-only": _uni_dad("gan-only", dmd_weight=0.0, anchor_weight=0.0, target_warmup=0),
-    "dmd-source": _uni_dad("dmd-source", a=0.0, target_teacher="off", gan_weight=0.0, disc_weight=0.0, target_warmup=0),
+    "no-target-teacher": _uni_dad("no-target-teacher", a=0.0, target_teacher="off", target_warmup=0, target_cycles=0),
+    "gan-only": _uni_dad("gan-only", dmd_weight=0.0, anchor_weight=0.0, target_warmup=0, target_cycles=0),
+    "dmd-source": _uni_dad(
+        "dmd-source", a=0.0, target_teacher="off", gan_weight=0.0, disc_weight=0.0, target_warmup=0, target_cycles=0
+    ),
     "dmd-target": _uni_dad("dmd-target", a=1.0, gan_weight=0.0, disc_weight=0.0),
     "single-head": _uni_dad("single-head", heads="single"),
     "mean-logit": _uni_dad("mean-logit", gan_aggregation="mean_logit"),

@@ -98,6 +98,16 @@ def test_edm_grid_snaps_to_the_nearest_in_log():
         assert gaps.index(min(gaps)) == t
 
 
+def test_the_fine_grid_ends_at_little_noise():
+    for schedule in (tiny.linear(), tiny.cosine()):
+        *others, last = schedule.student_steps(3, "fine")
+        assert others == [998, 665]
+        assert float(schedule.scales()[last]) == pytest.approx(0.1, rel=0.02)
+        assert schedule.student_steps(1, "fine") == [999]
+    with pytest.raises(ValueError, match="no timestep with s = 0.1 below 1"):
+        NoiseSchedule(torch.tensor([0.9999, 0.999, 0.995])).student_steps(3, "fine")
+
+
 @pytest.mark.parametrize("k", [0, -1, 1001])
 def test_number_of_steps_is_checked(k):
     with pytest.raises(ValueError, match=r"1\.\.1000"):

@@ -367,7 +367,7 @@ def test_the_anchor_to_a_teacher_asks_for_the_end_of_its_ddim(a, teacher, other)
     method.generator.set_state(state)
     noise = torch.randn((3, *tiny.SHAPE), generator=method.generator)
     network = method.networks[teacher]
-    path = [999, 749, 499, 250]
+    path = [999, 749, 499, 125]
     assert torch.equal(pool[:, 0], noise)
     assert torch.equal(pool[:, 2], list(ddim_states(network, noise, path))[-1][1])
     later = list(ddim_states(network, pool[:, 1], path[2:]))[-1][1]

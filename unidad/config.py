@@ -58,7 +58,7 @@ class TrainSettings(LoopSettings):
     target_teacher: str = "online"  # online | off | folder of a model already adapted to the target (frozen)
     class_label: int = -1  # of a class-conditional source; -1: none
     steps: int = 3  # K
-    grid: str = "lcm"  # lcm | edm
+    grid: str = "lcm"  # lcm | edm | fine (lcm with its last step at little noise)
     rollout_grad: str = "all"  # all | last | random
     a: float = 0.25  # weight of the target teacher against the source teacher
     dmd_weight: float = 1.0

@@ -15,7 +15,8 @@ from torch import Tensor
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 TIMESTEP_LAWS: tuple[str, ...] = ("uniform", "karras", "quadratic")
-STUDENT_GRIDS: tuple[str, ...] = ("lcm", "edm")
+STUDENT_GRIDS: tuple[str, ...] = ("lcm", "edm", "fine")
+FINE_LAST = 0.1  # sigma over alpha
 
 
 def to_x0(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
@@ -112,14 +113,21 @@ class NoiseSchedule:
 
         "lcm": i * (T // K) - 1, which diffusers' LCMScheduler(original_inference_steps=K) makes by itself.
         "edm": s from 80 to 0.5, evenly spaced in log s, snapped to the schedule (K = 1: s = 80).
+        "fine": "lcm", but for K > 1 the last step is where s = 0.1: noise that is still there at the last step stays as grain.
 
         Raises:
             ValueError: if K is not in 1..T, the grid is unknown, or the schedule is too coarse for K different steps.
         """
         if not 1 <= k <= len(self):
             raise ValueError(f"the number of student steps must lie in 1..{len(self)}, not {k}")
-        if grid == "lcm":
-            return [i * (len(self) // k) - 1 for i in range(k, 0, -1)]
+        even = [i * (len(self) // k) - 1 for i in range(k, 0, -1)]
+        if grid == "lcm" or (grid == "fine" and k == 1):
+            return even
+        if grid == "fine":
+            last = int(self.nearest_timestep(torch.tensor([FINE_LAST])))
+            if last >= even[-2]:
+                raise ValueError(f"this noise schedule has no timestep with s = {FINE_LAST} below {even[-2]}")
+            return [*even[:-1], last]
         if grid != "edm":
             raise ValueError(f"the student grid must be one of {', '.join(STUDENT_GRIDS)}, not {grid!r}")
         s = torch.exp(torch.linspace(math.log(80.0), math.log(0.5), k, dtype=torch.float64))

@@ -73,16 +73,22 @@ def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = N
     return end
 
 
+def _span(high: int, low: int, n: int) -> list[int]:
+    """n timesteps from `high` down towards `low`, their distances to 0 squared where `low` is 0."""
+    return [round(low + (high - low) * (1 - i / n) ** (1 if low else 2)) for i in range(n)]
+
+
 def ddim_trajectory(
     model: Backbone, noise: Tensor, steps: Sequence[int], per_step: Sequence[int], labels: Tensor | None = None
 ) -> Tensor:
     """DDIM from `noise` [B, C, H, W] at tau_1 with per_step[k] evaluations after each tau_k: x at every tau_k, and the end.
 
+    Evenly spaced, but denser towards 0 after tau_K: what the last evaluation is left with stays in the picture as grain.
+
     Returns:
         [B, K + 1, C, H, W], float32.
     """
-    spans = zip(steps, [*steps[1:], 0], per_step, strict=True)
-    path = [high - (high - low) * i // n for high, low, n in spans for i in range(n)]
+    path = [tau for span in zip(steps, [*steps[1:], 0], per_step, strict=True) for tau in _span(*span)]
     kept = []
     for tau, (x, xhat) in zip(path, ddim_states(model, noise, path, labels), strict=True):
         if tau in steps:
