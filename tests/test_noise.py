@@ -104,7 +104,7 @@ def test_the_fine_grid_ends_at_little_noise():
         assert others == [998, 665]
         assert float(schedule.scales()[last]) == pytest.approx(0.1, rel=0.02)
         assert schedule.student_steps(1, "fine") == [999]
-    with pytest.raises(ValueError, match="no timestep with s = 0.1 below 1"):
+    with pytest.raises(ValueError, match=r"no timestep with s = 0[.]1 below 1"):
         NoiseSchedule(torch.tensor([0.9999, 0.999, 0.995])).student_steps(3, "fine")
 
 
