@@ -214,7 +214,7 @@ def test_full_disk_is_named(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", refuse)
-    with pytest.raises(CheckpointError, match=r"00000002.*No space left.*needs \d+ MB.*\d+ MB are free"):
+    with pytest.raises(CheckpointError, match=r"00000002.*No space left.*needs [\d,]+ bytes; [\d,]+ are free"):
         checkpoint.save(tmp_path, "00000002", snapshot(2))
 
 

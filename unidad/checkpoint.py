@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unidad.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+SUFFIX = ".safetensors"
 FORMAT = 1
 
 
@@ -35,6 +37,11 @@ class Snapshot:
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     counters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors; the files are a little larger."""
+        return sum(t.numel() * t.element_size() for group in self.tensors.values() for t in group.values())
 
 
 def _sync(path: Path) -> None:
@@ -52,6 +59,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
+    """Raise CheckpointError if fewer than `needed` bytes are free where `folder` is, or will be."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise CheckpointError(
+            f"{what} need {needed:,} bytes in '{folder}', where {free:,} are free. Free some space or give another --out."
+        )
+
+
 def save(folder: Path, name: str, snapshot: Snapshot) -> Path:
     """Write `folder/name`, whole or not at all. A whole one of that name is kept: one place of a run has one state.
 
@@ -59,7 +76,7 @@ def save(folder: Path, name: str, snapshot: Snapshot) -> Path:
         CheckpointError: if the disk refuses; what was there before is untouched and nothing is left behind.
     """
     final, staged = folder / name, folder / f".{name}.partial"
-    needed = sum(t.numel() * t.element_size() for group in snapshot.tensors.values() for t in group.values())
+    needed = snapshot.size
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for litter in folder.glob(".*"):  # of a process that was killed; the run's lock keeps others out
@@ -68,14 +85,17 @@ def save(folder: Path, name: str, snapshot: Snapshot) -> Path:
             if _is_whole(final):
                 return final
             shutil.rmtree(final)
+        refuse_full_disk(folder, needed, f"The files of the checkpoint '{name}'")
         _write(staged, snapshot)
         staged.rename(final)
         _sync(folder)
-    except Exception as error:  # safetensors raises its own type for a full disk
+    except Exception as error:
         shutil.rmtree(staged, ignore_errors=True)
-        free = f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there" if folder.exists() else ""
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        free = f"; {shutil.disk_usage(folder).free:,} are free there" if folder.exists() else ""
         raise CheckpointError(
-            f"The checkpoint '{final}' could not be written ({error}). It needs {needed / 1e6:.0f} MB{free}. "
+            f"The checkpoint '{final}' could not be written ({error}). It needs {needed:,} bytes{free}. "
             "Earlier checkpoints are untouched."
         ) from error
     return final
@@ -85,7 +105,7 @@ def _write(staged: Path, snapshot: Snapshot) -> None:
     staged.mkdir()
     files = {}
     for group, tensors in snapshot.tensors.items():
-        path = staged / f"{group}.safetensors"
+        path = staged / f"{group}{SUFFIX}"
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
         files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         _sync(path)
@@ -115,17 +135,26 @@ def load(path: Path) -> Snapshot:
         manifest = wrapped["manifest"]
         intact = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest() == wrapped["sha256"]
         expected = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"The checkpoint '{path}' has no readable {MANIFEST}.") from None
     if not intact or manifest.get("format") != FORMAT:
         raise CheckpointError(f"'{path / MANIFEST}' was altered or is of another version.")
     snapshot = Snapshot(counters=manifest["counters"])
     for name, fact in expected.items():
         file = path / name
+        if file.parent != path or file.suffix != SUFFIX:
+            raise CheckpointError(f"'{path / MANIFEST}' names '{name}', which is no file of a checkpoint.")
         if not file.is_file() or file.stat().st_size != fact["bytes"] or _sha256(file) != fact["sha256"]:
             raise CheckpointError(f"'{file}' is missing or damaged.")
-        snapshot.tensors[name.removesuffix(".safetensors")] = load_file(file)
+        snapshot.tensors[name.removesuffix(SUFFIX)] = _read(file)
     return snapshot
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:  # hashed as it is, but never a file of ours
+        raise CheckpointError(f"'{file}' is no safetensors file: {error}.") from None
 
 
 def names(folder: Path) -> list[str]:

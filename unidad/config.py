@@ -39,6 +39,7 @@ class LoopSettings:
     beta2: float = 0.999
     weight_decay: float = 0.01
     clip: float = 10.0  # gradient norm per network
+    non_finite: str = "stop"  # at a loss or gradient that is nan or infinite: stop | skip (that update; counted in log.jsonl)
     ema: float = 0.999  # of the product's weights, per cycle; 0: no averaging
     hflip: bool = True  # mirror pictures at random
     log_every: int = 10  # cycles
@@ -114,6 +115,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
     "lr_decay": ("constant", "cosine"),
+    "non_finite": ("stop", "skip"),
     "tracker": ("auto", "none", "tensorboard", "wandb"),
     "grid": STUDENT_GRIDS,
     "rollout_grad": ROLLOUT_GRADS,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from unidad.data import picture_grid
-from unidad.run import RunFolder
+from unidad.run import RunFolder, replacing
 
 SHOWN = ("dmd", "gan", "fake", "disc", "target", "total")
 
@@ -49,11 +49,11 @@ class Log:
         """Whether terms were added since the last flush."""
         return bool(self._sums)
 
-    def flush(self, cycle: int, seconds: float, updates: dict[str, int]) -> None:
-        """Write the means since the last flush: one row in log.jsonl, the trackers and the bar."""
+    def flush(self, cycle: int, seconds: float, updates: dict[str, int], **more: object) -> None:
+        """Write the means since the last flush: one row in log.jsonl (with `more` in it), the trackers and the bar."""
         means = {key: float(total) / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
-        row = {"cycle": cycle, "seconds": round(seconds, 3), "updates": updates, "losses": means}
+        row = {"cycle": cycle, "seconds": round(seconds, 3), "updates": updates, "losses": means, **more}
         with self.run.log.open("a") as handle:
             handle.write(json.dumps(row) + "\n")
         if self.accelerator.trackers:
@@ -75,9 +75,8 @@ class Log:
     def picture(self, cycle: int, pixels: Tensor) -> None:
         """Store a sample grid as samples/<cycle>.png."""
         self.run.samples.mkdir(exist_ok=True)
-        part = self.run.samples / f"{cycle:08d}.part"
-        picture_grid(pixels).save(part, format="PNG")
-        part.replace(self.run.samples / f"{cycle:08d}.png")
+        with replacing(self.run.samples / f"{cycle:08d}.png") as part:
+            picture_grid(pixels).save(part, format="PNG")
 
     def flush_files(self) -> None:
         """Force log.jsonl to the disk, as a checkpoint will count on it."""
@@ -96,9 +95,8 @@ class Log:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 break  # a row cut short by the crash, and all after it
-        part = self.run.log.with_suffix(".part")
-        part.write_text("".join(kept))
-        part.replace(self.run.log)
+        with replacing(self.run.log) as part:
+            part.write_text("".join(kept))
 
     @contextmanager
     def progress(self, done: int, total: int, minutes: float = 0.0) -> Iterator[None]:

@@ -19,7 +19,7 @@ from unidad.backbones.base import Backbone
 from unidad.data import PictureSet, picture_grid
 from unidad.metrics.distances import intra_diversity
 from unidad.metrics.features import EfficientNetLite0
-from unidad.run import RunFolder
+from unidad.run import RunFolder, replacing
 from unidad.sample import draw
 
 SHOWN = 48
@@ -45,7 +45,8 @@ def write_report(
     source_seconds = (time.perf_counter() - began) / SHOWN
     k = DDIM_STEPS if steps is None else len(steps)
     sheet = side_by_side(pictures.pixels, source_samples, samples[:SHOWN], f"{name}, {k} step{'s' if k > 1 else ''}")
-    sheet.save(run.path / "grid.png")
+    with replacing(run.path / "grid.png") as part:
+        sheet.save(part, format="PNG")
     scores = {
         f"seconds a picture, {name}": round(product_seconds, 4),
         f"seconds a picture, source at {DDIM_STEPS} DDIM steps": round(source_seconds, 4),
@@ -53,7 +54,8 @@ def write_report(
     }
     scores |= closeness(samples, pictures.pixels[:SCORED])
     page = run.path / "report.html"
-    page.write_text(_page(run, pictures, sheet, scores), encoding="utf-8")
+    with replacing(page) as part:
+        part.write_text(_page(run, pictures, sheet, scores), encoding="utf-8")
     return page
 
 
@@ -182,6 +184,7 @@ def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict
     if rows:
         timing["training time"] = f"{rows[-1]['seconds'] / 60:.1f} minutes"
         timing["seconds a cycle"] = round(rows[-1]["seconds"] / max(1, rows[-1]["cycle"]), 3)
+        timing["updates skipped as not finite"] = rows[-1].get("skipped", 0)
     contact = picture_grid(pictures.pixels[:100], 10, max(1, 64 // pictures.size))
     timing["peak memory"] = peak_memory()
     surroundings = facts["surroundings"]

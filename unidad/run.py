@@ -21,8 +21,10 @@ from unidad.errors import CheckpointError
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 # Settings that may change between a run and its continuation without making it another run.
-OWN_FILES = frozenset({LOCK_FILE, f"{RUN_FILE}.part"})
-FREE_ON_RESUME = frozenset({"device", "cycles", "max_minutes", "log_every", "sample_every", "save_every", "keep", "tracker"})
+FREE_ON_RESUME = frozenset(
+    {"device", "cycles", "max_minutes", "log_every", "sample_every", "save_every", "keep", "tracker", "non_finite"}
+)
+OWN_FILES = frozenset({LOCK_FILE, f".{RUN_FILE}.part"})
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,30 @@ class RunFolder:
         """
         try:
             facts = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise CheckpointError(f"'{self.path}' is not a run folder: it has no readable {RUN_FILE}.") from None
-        if not isinstance(facts, dict) or "settings" not in facts:
+        if not isinstance(facts, dict) or not isinstance(facts.get("settings"), dict):
             raise CheckpointError(f"'{self.path / RUN_FILE}' does not describe a run.")
         return facts
 
     def write(self, facts: dict[str, Any]) -> None:
         """Write run.json in one step."""
-        part = self.path / f"{RUN_FILE}.part"
-        part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        part.replace(self.path / RUN_FILE)
+        with replacing(self.path / RUN_FILE) as part:
+            part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to: it takes the place of `path`, synced, when the block ends well, and is gone when it does not."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("r+b") as handle:
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except Exception:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_folder(path: str | Path, facts: dict[str, Any], resume: bool) -> None:
@@ -101,7 +116,7 @@ def open_run(path: str | Path, facts: dict[str, Any], resume: bool) -> Iterator[
         CheckpointError: as `check_folder`, or another process holds it, or it cannot be written.
     """
     run = RunFolder(Path(path))
-    _refuse_holder(run.path)
+    refuse_holder(run.path)
     check_folder(path, facts, resume)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +168,7 @@ class Lock:
         self._handle = self._path.open("a+", encoding="utf-8")
         if not _try_lock(self._handle):
             self._handle.close()
-            _refuse_holder(self._path.parent, certain=True)
+            refuse_holder(self._path.parent, certain=True)
         self._handle.truncate(0)
         self._handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self._handle.flush()
@@ -181,14 +196,16 @@ def _try_lock(handle: IO[str]) -> bool:
     return True
 
 
-def _refuse_holder(folder: Path, certain: bool = False) -> None:
+def refuse_holder(folder: Path, certain: bool = False) -> None:
     """Raise CheckpointError naming who holds this folder now, if anybody does."""
     path = folder / LOCK_FILE
-    if not path.exists():
-        return
-    with path.open("a+", encoding="utf-8") as handle:
-        if not certain and _try_lock(handle):
-            return
+    if not certain:
+        try:
+            with path.open("r+", encoding="utf-8") as handle:
+                if _try_lock(handle):
+                    return
+        except OSError:
+            return  # nobody ever held it, or it is not ours to write to, which taking the lock will say
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         name = f"process {owner['pid']} on {owner['host']}"
@@ -217,9 +234,13 @@ def package_version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
+    """The commit of this package's own repository, with "-dirty" where its files were changed; None for an installed one."""
+    here = Path(__file__).resolve()
+    tracked = ["git", "ls-files", "--error-unmatch", here.name]  # an installation may lie inside somebody else's repository
+    named = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        for words in (tracked, named):
+            done = subprocess.run(words, cwd=here.parent, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,27 +23,22 @@ from unidad.errors import CheckpointError, NonFiniteError
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
 from unidad.run import RunFolder
+from unidad.signals import Stopped, passing_on
 
 Sampler = Callable[[nn.Module], Tensor]
-
-
-class Stopped(Exception):
-    """The run was asked to stop by a signal; it is saved. `code` is the exit code a shell expects."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.code = 128 + signum
+SKIPS_IN_A_ROW = 10  # with non_finite=skip: after so many the run stops, for it will not recover
 
 
 @dataclass
 class Place:
-    """Where a run stands: `phase` and `repeat` say which update of the current cycle comes next."""
+    """Where a run stands: `phase` and `repeat` say which update of the current cycle comes next, `skipped` how many were not finite."""
 
     cycle: int = 0
     phase: int = 0
     repeat: int = 0
     seconds: float = 0.0
     updates: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class Trainer:
@@ -83,7 +76,9 @@ class Trainer:
             AveragedModel(method.networks[method.product], multi_avg_fn=_ramped_average(settings.ema)) if settings.ema else None
         )
         self._stop: int | None = None
+        self._skips_in_a_row = 0
         self._saved: str | None = None
+        self._saving: dict[str, float] = {}
         self._autocast = torch.autocast(
             stream.pixels.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, stream.pixels.device)
         )
@@ -106,20 +101,26 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
+    def fit(self, until: int | None = None) -> None:
         """Train to the last cycle from wherever the run stands, saving as the settings say.
 
+        Args:
+            until: stop, saved, after this cycle although the settings name a later one; None goes to the last.
+
         Raises:
-            Stopped: after SIGINT or SIGTERM, saved.
+            Stopped: after SIGINT, SIGTERM or SIGHUP, saved.
             NonFiniteError: a loss or gradient was not finite; that update was not applied.
+            CheckpointError: the disk has no room for the checkpoints, or refuses one.
         """
         s = self.settings
+        last = s.cycles if until is None else min(until, s.cycles)
+        self._refuse_full_disk()
         started = time.monotonic() - self.place.seconds
         session = time.monotonic()
-        with self._signals(), self.log.progress(self.place.cycle, s.cycles, s.max_minutes):
+        with passing_on(self._ask), self.log.progress(self.place.cycle, s.cycles, s.max_minutes):
             if self.place.cycle == 0:
                 self._sample()
-            while self.place.cycle < s.cycles:
+            while self.place.cycle < last:
                 self._cycle()
                 self.place.seconds = time.monotonic() - started
                 self._after_cycle()
@@ -127,7 +128,7 @@ class Trainer:
                     break
             self._stop_if_asked()
             if self.log.pending:
-                self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates))
+                self._flush()
             self.save()
             if not s.sample_every or self.place.cycle % s.sample_every:
                 self._sample()
@@ -152,31 +153,51 @@ class Trainer:
             self.ema.module.load_state_dict(self.method.networks[self.method.product].state_dict())
             self.ema.n_averaged.zero_()
 
+    def _ask(self, signum: int) -> None:
+        self._stop = signum
+
     def _stop_if_asked(self) -> None:
         if self._stop is not None:
             self.save()
-            raise Stopped(self._stop)
+            minutes = self.place.seconds / 60
+            raise Stopped(
+                self._stop, f"in cycle {self.place.cycle} of {self.settings.cycles}, after {minutes:.1f} minutes of training"
+            )
 
     def update(self, phase: Phase) -> None:
         """One update of the networks that `phase` trains, from `accumulation` micro-batches.
 
         Raises:
-            NonFiniteError: naming the loss or network; nothing was changed.
+            NonFiniteError: naming the loss or network; nothing was changed. With non_finite=skip only after many in a row.
         """
+        try:
+            with only_training(self.method.networks, phase.trains), self._no_leftovers(phase):
+                self._accumulate(phase)
+                self._step(phase)
+        except NonFiniteError:
+            self.place.skipped += 1
+            self._skips_in_a_row += 1
+            if self.settings.non_finite == "stop" or self._skips_in_a_row == SKIPS_IN_A_ROW:
+                raise
+        else:
+            self._skips_in_a_row = 0
+
+    def _accumulate(self, phase: Phase) -> None:
         n = self.settings.accumulation
-        with only_training(self.method.networks, phase.trains), self._no_leftovers(phase):
-            for _ in range(n):
-                pictures = self.stream.next(self.settings.batch_size if phase.needs_data else 0)
-                with self._autocast:
-                    losses = phase.loss(pictures)
-                for name, value in losses.items():
-                    if not torch.isfinite(value):
-                        raise NonFiniteError(
-                            f"the loss '{name}' of phase '{phase.name}' became {value.item()} in cycle {self.place.cycle}"
-                        )
-                (losses["total"] / n).backward()
-                self.log.add(phase.name, losses)
-            self._step(phase)
+        for _ in range(n):
+            pictures = self.stream.next(self.settings.batch_size if phase.needs_data else 0)
+            with self._autocast:
+                losses = phase.loss(pictures)
+            for name, value in losses.items():
+                if not torch.isfinite(value):
+                    raise self._non_finite(f"the loss '{name}' of phase '{phase.name}' became {value.item()}")
+            (losses["total"] / n).backward()
+            self.log.add(phase.name, losses)
+
+    def _non_finite(self, what: str) -> NonFiniteError:
+        there = checkpoint.names(self.run.checkpoints)
+        last = f"the last checkpoint is '{self.run.checkpoints / there[-1]}'" if there else "there is no checkpoint yet"
+        return NonFiniteError(f"{what} in cycle {self.place.cycle}; {last}")
 
     def _step(self, phase: Phase) -> None:
         norms = {}
@@ -184,9 +205,7 @@ class Trainer:
             parameters = self.method.networks[name].parameters()
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
             if not torch.isfinite(norms[name]):
-                raise NonFiniteError(
-                    f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()} in cycle {self.place.cycle}"
-                )
+                raise self._non_finite(f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()}")
         for name in phase.trains:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
@@ -221,11 +240,16 @@ class Trainer:
     def _after_cycle(self) -> None:
         s, cycle = self.settings, self.place.cycle
         if cycle % s.log_every == 0:
-            self.log.flush(cycle, self.place.seconds, dict(self.place.updates))
+            self._flush()
         if s.save_every and cycle % s.save_every == 0 and cycle < s.cycles:
             self.save()
         if s.sample_every and cycle % s.sample_every == 0:
             self._sample()
+
+    def _flush(self) -> None:
+        skipped = {"skipped": self.place.skipped} if self.place.skipped else {}
+        self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates), **skipped, **self._saving)
+        self._saving = {}
 
     def _sample(self) -> None:
         if self.sampler is not None:
@@ -252,11 +276,28 @@ class Trainer:
         """Write a checkpoint, then delete old ones; returns its path. Where this place is saved already, nothing is written."""
         name = _checkpoint_name(self.place)
         if name != self._saved:
+            began = time.monotonic()
+            snapshot = self.snapshot()
+            self._refuse_non_finite(snapshot)
             self.log.flush_files()
-            checkpoint.save(self.run.checkpoints, name, self.snapshot())
+            checkpoint.save(self.run.checkpoints, name, snapshot)
             checkpoint.prune(self.run.checkpoints, self.settings.keep, name)
             self._saved = name
+            self._saving = {"save_seconds": round(time.monotonic() - began, 3), "save_bytes": snapshot.size}
         return self.run.checkpoints / name
+
+    def _refuse_non_finite(self, snapshot: checkpoint.Snapshot) -> None:
+        for group, tensors in snapshot.tensors.items():
+            if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+                raise self._non_finite(f"a number in '{group}' became infinite or nan")
+
+    def _refuse_full_disk(self) -> None:
+        """Before hours of training: is there room for the checkpoints to keep and the one being written?"""
+        trained = [self.method.networks[name] for name in self.method.trained()]
+        numbers = sum(_bytes(network) for network in trained) * 3  # AdamW keeps two more for each weight
+        one = numbers + (_bytes(self.ema) if self.ema is not None else 0)
+        more = max(1, self.settings.keep + 1 - len(checkpoint.names(self.run.checkpoints)))
+        checkpoint.refuse_full_disk(self.run.checkpoints, one * more, f"The run's checkpoints (keep={self.settings.keep})")
 
     def restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Put a snapshot back; afterwards training goes on as if it had never stopped.
@@ -285,26 +326,6 @@ class Trainer:
         self._saved = _checkpoint_name(self.place)
         self.log.rewind(self.place.cycle)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop between updates; a second one ends the process at once."""
-
-        def ask(signum: int, _frame: FrameType | None) -> None:
-            if self._stop is not None:
-                signal.signal(signum, signal.SIG_DFL)
-                signal.raise_signal(signum)
-            self._stop = signum
-
-        try:
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the embedding program handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
 
 def _checkpoint_name(place: Place) -> str:
     within = f"-{place.phase}-{place.repeat:010d}" if place.phase or place.repeat else ""
@@ -320,6 +341,10 @@ def _ramped_average(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
 
     return average
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in network.state_dict().values())
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

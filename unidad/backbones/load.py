@@ -140,8 +140,8 @@ def _find_folder(name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"'{path}' cannot be read: {error}.") from None
     if not isinstance(content, dict):
         raise ModelError(f"'{path}' should hold a JSON object.")

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from unidad import __version__
 from unidad.cli import measuring, training, using
 from unidad.cli.common import Parser
 from unidad.errors import NonFiniteError, UserError
+from unidad.run import refuse_holder
 
 EPILOG = """the usual way:
   unidad train --target my_pictures --out runs/mine          adapt and distil; leaves a report and a generator
@@ -28,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     console = Console(stderr=True, highlight=False)
     warnings.showwarning = lambda message, *_rest, **_more: console.print(f"Note: {message}", highlight=False)
-    _quiet_libraries()
     try:
+        if getattr(args, "out", None):
+            refuse_holder(Path(args.out))  # before the libraries are loaded, which takes seconds
+        _quiet_libraries()
         code = args.run(args, console)
         sys.stdout.flush()
         return code
@@ -82,8 +86,8 @@ def _memory_advice(error: BaseException) -> str:
 
 def _non_finite_advice(error: NonFiniteError) -> str:
     return (
-        f"unidad: {error}. The update was not applied and the last checkpoint is whole. Lower the rate, for example "
-        "--set lr=1e-5, or set precision=fp32, and start anew."
+        f"unidad: {error}. The update was not applied. Go on from the last checkpoint with --resume --set non_finite=skip, which "
+        "leaves such updates out; or start anew with a lower rate, for example --set lr=1e-5, or with precision=fp32."
     )
 
 

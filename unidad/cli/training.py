@@ -131,12 +131,14 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
 
 
 def _stoppable(job: Callable[[], Path], out: str) -> int:
-    from unidad.train import Stopped
+    from unidad.signals import Stopped
 
     try:
         print(job())
     except Stopped as stop:
-        print(f"unidad: stopped by {stop}; saved in '{out}'. Go on with the same command and --resume.", file=sys.stderr)
+        print(
+            f"unidad: stopped by {stop} {stop.place}; saved in '{out}'. Go on with the same command and --resume.", file=sys.stderr
+        )
         return stop.code
     return 0
 
