@@ -27,7 +27,7 @@ bench: $(READY)  ## the README's numbers; draws held-out pictures first (needs n
 	$(BIN)/python benchmarks/avatarshift.py
 
 soak: $(READY)  ## the long tests: random kills and whatever else takes minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -rP
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -25,7 +25,8 @@ from unidad.errors import CheckpointError, NonFiniteError
 from unidad.log import Log
 from unidad.methods.base import Method, Phase
 from unidad.run import Lock, RunFolder, open_run
-from unidad.train import Stopped, Trainer
+from unidad.signals import Stopped
+from unidad.train import SKIPS_IN_A_ROW, Trainer
 
 BASE = {
     "batch_size": 2,
@@ -422,6 +423,99 @@ def test_a_bad_micro_batch_leaves_no_gradient_of_the_good_one(tmp_path, picture_
     with pytest.raises(NonFiniteError):
         trainer.update(dataclasses.replace(method.phases[0], loss=loss))
     assert method.number.weight.grad is None
+
+
+def poisoned(trainer: Trainer, updates: set[int]) -> None:
+    """Make the losses of those updates, counted from 1, nan."""
+    seen = []
+
+    def wrap(phase: Phase) -> Phase:
+        def loss(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append(phase.name)
+            losses = phase.loss(pictures)
+            return losses | {"total": losses["total"] * (math.nan if len(seen) in updates else 1.0)}
+
+        return dataclasses.replace(phase, loss=loss)
+
+    trainer.method.phases = [wrap(p) for p in trainer.method.phases]
+
+
+def test_skipped_updates_are_counted_and_change_nothing(tmp_path, picture_folder):
+    """A cycle is student, fake teacher, fake teacher, target teacher: the 2nd and 8th updates are left out."""
+    trainer = make(tmp_path, picture_folder, non_finite="skip")
+    poisoned(trainer, {2, 8})
+    trainer.fit()
+    assert trainer.place.skipped == 2
+    assert trainer.place.updates == {"student": 3, "fake_teacher": 5, "heads": 5, "target_teacher": 2}
+    rows = [json.loads(line) for line in trainer.run.log.read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [1, 2, 2]
+    assert all(math.isfinite(value) for row in rows for value in row["losses"].values())
+    assert checkpoint.load(tmp_path / "checkpoints" / "00000003").counters["place"]["skipped"] == 2
+
+
+def test_a_run_that_only_skips_stops(tmp_path, picture_folder):
+    trainer = make(tmp_path, picture_folder, non_finite="skip", cycles=100)
+    poisoned(trainer, {3, *range(6, 1000)})
+    with pytest.raises(NonFiniteError, match="in cycle 3"):
+        trainer.fit()
+    assert trainer.place.skipped == 1 + SKIPS_IN_A_ROW
+
+
+@pytest.mark.parametrize("group", ["network.fake_teacher", "optimizer.heads", "ema"])
+def test_a_checkpoint_that_is_not_finite_is_not_written(group, tmp_path, picture_folder):
+    trainer = make(tmp_path, picture_folder, cycles=1)
+    trainer.fit()
+    first = next(t for t in trainer.snapshot().tensors[group].values() if t.is_floating_point() and t.ndim)
+    with torch.no_grad():
+        first.view(-1)[0] = math.inf
+    trainer.place.cycle = 2
+    with pytest.raises(NonFiniteError, match=f"'{group}'.*last checkpoint is '.*00000001'"):
+        trainer.save()
+    assert checkpoint.names(tmp_path / "checkpoints") == ["00000001"]
+
+
+# -- signals, RELIABILITY case 6 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_stops_after_the_update_under_way(signum, code, tmp_path, picture_folder):
+    trainer = make(tmp_path, picture_folder)
+    handler, phase = signal.getsignal(signum), trainer.method.phases[1]
+
+    def loss(pictures):
+        os.kill(os.getpid(), signum)
+        return phase.loss(pictures)
+
+    trainer.method.phases[1] = dataclasses.replace(phase, loss=loss)
+    with pytest.raises(Stopped, match=signal.Signals(signum).name) as stopped:
+        trainer.fit()
+    assert stopped.value.code == code
+    assert stopped.value.place.startswith("in cycle 0 of 3")
+    assert checkpoint.names(tmp_path / "checkpoints") == ["00000000-1-0000000001"]
+    assert signal.getsignal(signum) == handler
+
+
+def test_a_second_signal_ends_at_once():
+    code = """import os, signal
+from unidad.signals import passing_on
+with passing_on(print):
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), signum)
+        print("alive", flush=True)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout.split() == ["15", "alive"]
+
+
+def test_what_is_ignored_stays_ignored():
+    """`nohup` ignores SIGHUP for the program it starts."""
+    code = """import os, signal
+from unidad.signals import passing_on
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with passing_on(print):
+    os.kill(os.getpid(), signal.SIGHUP)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 # -- whose folder it is, RELIABILITY cases 9 and 11 -------------------------------------------------------------------

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from unidad import checkpoint
-from unidad.backbones.load import Model, bundled_path, load_model
+from unidad.backbones.load import Model, bundled_path, load_model, student_steps
 from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
 from unidad.device import pick_device
 from unidad.errors import CheckpointError, DataError, SettingsError
@@ -43,13 +44,18 @@ def load_product(name: str | Path) -> Model:
     found = checkpoint.latest(run.checkpoints)
     if found is None:
         raise CheckpointError(f"'{path}' has no checkpoint yet. Go on with --resume.")
-    model = load_model(facts["settings"]["source"])
+    settings = build_settings(TrainSettings, facts["settings"])
+    model = load_model(settings.source)
     tensors = found[1].tensors
-    product = "network." + facts.get("product", "student")
     averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
-    model.backbone.load_state_dict(averaged or tensors[product], strict=True)
-    label = facts["settings"]["class_label"]
-    return replace(model, name=str(name), student_steps=facts["student_steps"], class_label=None if label < 0 else label)
+    try:
+        model.backbone.load_state_dict(averaged or tensors[f"network.{facts.get('product', 'student')}"], strict=True)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"The checkpoint in '{path}' does not fit its source: {' '.join(str(error).split())[:200]}") from None
+    steps = student_steps(facts.get("student_steps"), len(model.backbone.schedule), path / RUN_FILE)
+    return replace(
+        model, name=str(name), student_steps=steps, class_label=None if settings.class_label < 0 else settings.class_label
+    )
 
 
 def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: int, device: str, label: int | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
+from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, open_picture
 from unidad.errors import DataError, ModelError, UserError
 from unidad.run import RUN_FILE, RunFolder, package_version
@@ -69,15 +70,15 @@ def _run(path: Path) -> str:
     minutes = rows[-1]["seconds"] / 60 if rows else 0.0
     product = next((p for p in (run.student, run.path / "model") if p.is_dir()), None)
     lines = [
-        f"{path}: a {facts['kind']} run, cycle {cycle} of {settings['cycles']}, {minutes:.1f} minutes",
+        f"{path}: a {facts['kind']} run, cycle {cycle} of {settings.get('cycles', '?')}, {minutes:.1f} minutes",
         f"  pictures     {data.get('count', '?')} in {data.get('target', data.get('folder', '?'))}",
         f"  checkpoints  {', '.join(checkpoint.names(run.checkpoints)) or 'none'}",
         f"  product      {product or 'not written yet'}",
     ]
     if facts["kind"] == "train":
+        known = build_settings(TrainSettings, settings)
         lines.insert(
-            1,
-            f"  method       Uni-DAD, K={settings['steps']}, a={settings['a']}, k={settings['fake_updates']}, source {settings['source']}",
+            1, f"  method       {known.method}, K={known.steps}, a={known.a}, k={known.fake_updates}, source {known.source}"
         )
     return "\n".join(lines)
 

@@ -105,10 +105,11 @@ def _inline(image: Image.Image) -> str:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of log.jsonl that are whole."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append(row | {"cycle": int(row["cycle"]), "seconds": float(row["seconds"]), "losses": dict(row["losses"])})
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
     return rows
 

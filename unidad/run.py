@@ -63,8 +63,11 @@ class RunFolder:
             facts = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             raise CheckpointError(f"'{self.path}' is not a run folder: it has no readable {RUN_FILE}.") from None
-        if not isinstance(facts, dict) or not isinstance(facts.get("settings"), dict):
+        parts = {"kind": str, "settings": dict, "hashes": dict, "data": dict}
+        if not isinstance(facts, dict) or not all(isinstance(facts.get(part, kind()), kind) for part, kind in parts.items()):
             raise CheckpointError(f"'{self.path / RUN_FILE}' does not describe a run.")
+        if "kind" not in facts or "settings" not in facts:
+            raise CheckpointError(f"'{self.path / RUN_FILE}' does not say what kind of run it is, or its settings.")
         return facts
 
     def write(self, facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,24 @@ def load_model(name: str | Path) -> Model:
     backbone = UNet2DBackbone(unet, schedule, scheduler["prediction_type"]).eval()
     notes = _read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
     digest = hashlib.sha256((unet_dir / WEIGHTS).read_bytes()).hexdigest()
-    return Model(backbone, scheduler, str(name), digest, notes.get("student_steps"), notes.get("class_label"))
+    steps, label = student_steps(notes.get("student_steps"), len(schedule), folder / STUDENT_FILE), notes.get("class_label")
+    if label is not None and (type(label) is not int or not 0 <= label < (backbone.num_classes or 0)):
+        raise ModelError(f"'{folder / STUDENT_FILE}' names class {label!r}, which the network does not know.")
+    return Model(backbone, scheduler, str(name), digest, steps, label)
+
+
+def student_steps(steps: Any, total: int, where: Path) -> list[int] | None:
+    """A student's timesteps as read from the file `where`, or None where it names none.
+
+    Raises:
+        ModelError: unless they are whole numbers that fall within total - 1 .. 0.
+    """
+    if steps is None:
+        return None
+    good = isinstance(steps, list) and bool(steps) and all(type(t) is int and 0 <= t < total for t in steps)
+    if not good or any(a <= b for a, b in pairwise(steps)):
+        raise ModelError(f"'{where}' names student_steps {str(steps)[:60]}; falling whole numbers below {total} are needed.")
+    return steps
 
 
 def _find_folder(name: str) -> Path:
