@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
+from unidad import adapt
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.export import save_source
 
@@ -57,3 +59,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def no_report() -> Iterator[None]:
+    """The report of a run takes ten seconds and has its own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "write_report", lambda *_, **__: None)
+        yield

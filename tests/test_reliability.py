@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_export import V
+from tiny import words
 
 from unidad import adapt, checkpoint
 from unidad.backbones.load import WEIGHTS, load_model
@@ -34,34 +35,11 @@ from unidad.metrics.features import load_extractor
 from unidad.report import read_log, write_report
 from unidad.run import Lock
 
-SETTINGS = [
-    "batch_size=2",
-    "fake_updates=1",
-    "save_every=1",
-    "sample_every=0",
-    "log_every=1",
-    "tracker=none",
-    "a=0.5",
-    "denoising=v",
-]
-
-
-def words(source: Path, pictures: Path, out: Path, *more: str, cycles: int = 2) -> list[str]:
-    sets = [word for setting in (*SETTINGS, f"cycles={cycles}") for word in ("--set", setting)]
-    return ["train", "--source", str(source), "--target", str(pictures), "--out", str(out), "--device", "cpu", "--preset", "fsig-near",
-            *sets, *more]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """The report takes ten seconds and has its own tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapt, "write_report", lambda *_, **__: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture(scope="module")
-def run(quick: None, source: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(no_report: None, source: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two cycles."""
     out = tmp_path_factory.mktemp("runs") / "two"
     assert main(words(source, picture_folder, out)) == 0

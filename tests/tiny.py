@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
@@ -84,3 +86,22 @@ class GaussianBackbone(Backbone):
 
     def feature_channels(self, granularity: Granularity = "stage") -> list[int]:
         return [2]
+
+
+SETTINGS = (
+    "batch_size=2",
+    "fake_updates=1",
+    "save_every=1",
+    "sample_every=0",
+    "log_every=1",
+    "tracker=none",
+    "a=0.5",
+    "denoising=v",
+)
+
+
+def words(source: Path, pictures: Path, out: Path, *more: str, cycles: int = 2) -> list[str]:
+    """Arguments of a small `unidad train`, saved after every cycle."""
+    sets = [word for setting in (*SETTINGS, f"cycles={cycles}") for word in ("--set", setting)]
+    return ["train", "--source", str(source), "--target", str(pictures), "--out", str(out), "--device", "cpu", "--preset", "fsig-near",
+            *sets, *more]  # fmt: skip

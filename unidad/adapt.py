@@ -5,7 +5,7 @@ everything a person needs in the run folder: the student (or model), sample grid
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.config import TrainSettings, as_dict
 from unidad.data import PictureSet, PictureStream, load_folder
-from unidad.device import make_accelerator, pick_device, pick_tracker
+from unidad.device import make_accelerator, pick_device, pick_tracker, use_bf16
 from unidad.errors import ModelError, SettingsError
 from unidad.export import made, save_source, save_student
 from unidad.heads import build_heads
@@ -29,7 +29,7 @@ from unidad.methods.finetune import Finetune
 from unidad.methods.two_stage import AdaptThenDistill
 from unidad.methods.unidad import Objective, UniDAD
 from unidad.report import write_report
-from unidad.run import RunFolder, open_run, public_name, surroundings
+from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.sample import draw
 from unidad.train import Trainer
 
@@ -150,6 +150,8 @@ def train(
     settings: TrainSettings | None = None,
     resume: bool = False,
     console: Console | None = None,
+    until: int | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> RunFolder:
     """Adapt and distil; the run folder ends with student/, grid.png and report.html.
 
@@ -158,6 +160,8 @@ def train(
         out: run folder; new, or with `resume` one of the same settings, models and pictures.
         settings: see `TrainSettings`; the defaults are the paper's weights.
         console: where progress is shown; None is silent.
+        until: stop after this cycle; see `Trainer.fit`.
+        expected: hashes of models and pictures that this run must have, as run.json lists them; None: any.
 
     Raises:
         UserError: something about the settings, models, pictures or folders must be put right first.
@@ -171,7 +175,9 @@ def train(
     say = console.print if console is not None else _silent
     for note in parts.pictures.notes:
         say(f"Note: {note}")
-    with open_run(out, describe(settings, parts, target, device), resume) as run:
+    facts = describe(settings, parts, target, device)
+    refuse_other_inputs(facts["hashes"], expected)
+    with open_run(out, facts, resume) as run:
         torch.manual_seed(settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed)
         method = build_method(settings, parts, device, generator)
@@ -188,7 +194,7 @@ def train(
             log.rewind(0)
         del found
         try:
-            trainer.fit()
+            trainer.fit(until)
         finally:
             accelerator.end_training()
         finish(run, trainer.product, parts, settings, target)
@@ -220,8 +226,10 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
         "settings": as_dict(settings),
         "hashes": hashes,
         "device": device.type,
+        "precision": "bf16" if use_bf16(settings.precision, device) else "fp32",
         "data": {
             "target": public_name(target),
+            "given": str(target),
             "count": len(parts.pictures),
             "names": parts.pictures.names,
             "notes": parts.pictures.notes,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -20,19 +22,26 @@ from unidad.export import save_source
 from unidad.log import Log
 from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
-from unidad.run import RunFolder, open_run, public_name, surroundings
+from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.sample import draw
 from unidad.train import Trainer
 
 
 def pretrain(
-    data: str | Path, out: str | Path, settings: PretrainSettings, resume: bool = False, console: Console | None = None
+    data: str | Path,
+    out: str | Path,
+    settings: PretrainSettings,
+    resume: bool = False,
+    console: Console | None = None,
+    until: int | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> RunFolder:
     """Train a source model and leave it in `out/model`, a stock diffusers folder.
 
     Args:
         data: folder of pictures; thousands of them.
         out: run folder; new, or with `resume` one of the same settings and pictures.
+        until, expected: as for `unidad.adapt.train`.
 
     Raises:
         UserError: as `start`, `load_folder`, `open_run` and `checkpoint.latest` do.
@@ -44,14 +53,16 @@ def pretrain(
         raise SettingsError("'compile' with precision=bf16 gives wrong gradients on a CPU. Use compile=false, or precision=fp32.")
     backbone, scheduler, digest = start(settings)
     pictures = load_folder(data, backbone.shape[-1])
-    facts = {
+    facts: dict[str, Any] = {
         "kind": "pretrain",
         "settings": as_dict(settings),
         "hashes": {"pictures": pictures.digest} | ({"init": digest} if digest else {}),
         "device": device.type,
-        "data": {"count": len(pictures), "folder": Path(data).name},
+        "precision": "bf16" if use_bf16(settings.precision, device) else "fp32",
+        "data": {"count": len(pictures), "folder": Path(data).name, "given": str(data)},
         "surroundings": surroundings(str(device)),
     }
+    refuse_other_inputs(facts["hashes"], expected)
     pick_tracker(settings)
     with open_run(out, facts, resume) as run:
         torch.manual_seed(settings.seed)
@@ -70,7 +81,7 @@ def pretrain(
         else:
             log.rewind(0)
         try:
-            trainer.fit()
+            trainer.fit(until)
         finally:
             accelerator.end_training()
         began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"

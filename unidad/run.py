@@ -8,7 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -151,6 +151,18 @@ def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
         raise CheckpointError(f"'{run.path}' was another run: {'; '.join(lines)}. Use the same settings, or another --out.")
 
 
+def refuse_other_inputs(hashes: Mapping[str, str], expected: Mapping[str, str] | None) -> None:
+    """Raise CheckpointError, with the difference, if models or pictures are not those that a run to be repeated had."""
+    wanted = hashes if expected is None else expected
+    lines = [
+        f"{key}: was {_short(wanted.get(key))}, now {_short(hashes.get(key))}"
+        for key in sorted({*hashes, *wanted})
+        if hashes.get(key) != wanted.get(key)
+    ]
+    if lines:
+        raise CheckpointError(f"The run was made from other files ({'; '.join(lines)}). Give those, or start a new run.")
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
@@ -219,11 +231,14 @@ def refuse_holder(folder: Path, certain: bool = False) -> None:
 
 def surroundings(device: str) -> dict[str, Any]:
     """Versions, machine and commit, written beside every result."""
+    import torch  # here, so that a folder in use can be refused before torch is loaded
+
     return {
         "versions": {"python": platform.python_version()}
-        | {p: package_version(p) for p in ("unidad", "torch", "diffusers", "accelerate", "numpy")},
+        | {p: package_version(p) for p in ("unidad", "torch", "diffusers", "accelerate", "numpy", "pillow", "safetensors")},
         "platform": platform.platform(),
         "device": device,
+        "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
 

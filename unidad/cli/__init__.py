@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     using.add_evaluate(commands)
     using.add_export(commands)
     training.add_pretrain(commands)
+    training.add_reproduce(commands)
     using.add_info(commands)
     using.add_doctor(commands)
     measuring.add_bench(commands)

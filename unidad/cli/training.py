@@ -93,6 +93,21 @@ def add_pretrain(commands: Commands) -> None:
     add_settings(parser)
 
 
+def add_reproduce(commands: Commands) -> None:
+    """`unidad reproduce`."""
+    parser = command(
+        commands,
+        "reproduce",
+        "Run a run again from what its run.json says, and say whether the result is the same (exit code 1 if not).",
+        """  unidad reproduce runs/mine --out runs/again
+  unidad reproduce runs/from_elsewhere --target my_pictures --out runs/again""",
+        _reproduce,
+    )
+    parser.add_argument("name", metavar="RUN", help="only read")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder to make for the repetition")
+    parser.add_argument("--target", metavar="FOLDER", help="its pictures, if they lie elsewhere now")
+
+
 def _train(args: argparse.Namespace, console: Console) -> int:
     rival = f"-{args.method}" if args.method not in (None, "uni-dad") else ""
     return _job(args, console, f"avatars{rival}", flags(args, ("method",)))
@@ -141,6 +156,19 @@ def _stoppable(job: Callable[[], Path], out: str) -> int:
         )
         return stop.code
     return 0
+
+
+def _reproduce(args: argparse.Namespace, console: Console) -> int:
+    from unidad.reproduce import reproduce
+    from unidad.signals import Stopped
+
+    try:
+        verdict = reproduce(args.name, args.out, args.target, console)
+    except Stopped as stop:
+        print(f"unidad: stopped by {stop} {stop.place}; a repetition starts anew, in another folder.", file=sys.stderr)
+        return stop.code
+    print(verdict.text)
+    return 0 if verdict.same else 1
 
 
 def _pretrain(args: argparse.Namespace, console: Console) -> int:
