@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unidad import info
 from unidad.cli import main
 from unidad.report import read_log
 
@@ -186,6 +187,35 @@ def test_doctor_and_help(capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "unidad " + command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "words"),
+    [
+        ("torch", "2.9.1+cpu", "torch 2.9.1+cpu is too old (its files could run code): pip install 'torch>=2.10'."),
+        ("pillow", "10.4.0", "pillow 10.4.0 is too old"),
+        ("diffusers", "0.35.0.dev0", None),
+        ("accelerate", "1.15.0", None),
+    ],
+)
+def test_doctor_names_old_packages(name: str, version: str, words: str | None, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(info, "package_version", lambda package: version if package == name else "99.0")
+    code, text = main(["doctor"]), capsys.readouterr().out
+    assert ("too old" in text) == (words is not None)
+    assert words is None or (words in text and code == 1)
+
+
+def test_doctor_names_combinations_that_do_not_work(capsys, monkeypatch) -> None:
+    found = info.importlib.util.find_spec
+    monkeypatch.setattr(
+        info.importlib.util, "find_spec", lambda name: {"torchvision": None, "torch_fidelity": 1}.get(name, found("os"))
+    )
+    monkeypatch.setattr(info.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "torch-fidelity without torchvision breaks torchmetrics" in text
+    assert "this torch finds no GPU" in text
 
 
 def test_pretrain_makes_a_source(picture_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from unidad import checkpoint
 
 KILLS, IN_A_SAVE = 50, 15
-CYCLES = 400
+CYCLES = 100
 SETTINGS = [
     f"cycles={CYCLES}",
     "batch_size=2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,18 @@ import torch
 from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, open_picture
+from unidad.device import pick_device, use_bf16
 from unidad.errors import DataError, ModelError, UserError
 from unidad.run import RUN_FILE, RunFolder, package_version
 
-LEAST_TORCH = (2, 10)
+# As in pyproject.toml, with what an older one lacks.
+LEAST: dict[str, tuple[tuple[int, ...], str]] = {
+    "torch": ((2, 10), "its files could run code"),
+    "diffusers": ((0, 35), "exported students were never tried with it"),
+    "accelerate": ((1, 0), "devices and trackers were never tried with it"),
+    "safetensors": ((0, 5), "it was never tried"),
+    "pillow": ((11,), "its picture decoders have known holes"),
+}
 
 
 def describe_path(name: str) -> str:
@@ -111,6 +120,7 @@ def doctor() -> tuple[str, bool]:
         lines.append(f"device       {torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     else:
         lines.append(f"device       {'mps' if torch.backends.mps.is_available() else 'cpu'}, {torch.get_num_threads()} threads")
+    lines.append(f"precision    {_number_formats()}")
     memory = _free_memory()
     lines.append(f"memory       {'unknown' if memory is None else f'{memory / 1e9:.1f} GB free'}")
     disk = shutil.disk_usage(Path.cwd()).free
@@ -128,11 +138,13 @@ def doctor() -> tuple[str, bool]:
 
 def _trouble() -> list[str]:
     found = []
-    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if release < LEAST_TORCH:
-        found.append(
-            f"torch {torch.__version__} is too old (files could run code): pip install 'torch>={LEAST_TORCH[0]}.{LEAST_TORCH[1]}'."
-        )
+    for name, (least, why) in LEAST.items():
+        installed = package_version(name)
+        if installed is not None and _release(installed) < least:
+            wanted = ".".join(str(part) for part in least)
+            found.append(f"{name} {installed} is too old ({why}): pip install '{name}>={wanted}'.")
+    if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        found.append("There is an NVIDIA driver here, but this torch finds no GPU: install a CUDA build of torch, see pytorch.org.")
     if importlib.util.find_spec("torchvision") is not None:
         try:
             import torchvision  # noqa: F401
@@ -146,6 +158,22 @@ def _trouble() -> list[str]:
         except ModelError as error:
             found.append(f"{error} Install unidad again.")
     return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """ "2.13.0+cpu" -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _number_formats() -> str:
+    """Which number format precision=auto takes here, and what is not to be combined with it."""
+    device = pick_device("auto")
+    if use_bf16("auto", device):
+        trap = (
+            "; not together with compile=true (torch 2.13 gives zero gradients), which is refused" if device.type == "cpu" else ""
+        )
+        return f"bf16 autocast{trap}"
+    return "fp32" + ("; bf16 is emulated by this CPU, two to three times slower" if device.type == "cpu" else "")
 
 
 def _free_memory() -> int | None:
