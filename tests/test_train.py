@@ -40,11 +40,11 @@ BASE = {
 }
 
 
-def make(path: Path, folder: Path, method: Method | None = None, **settings: object) -> Trainer:
+def make(path: Path, folder: Path, method: Method | None = None, accelerator: object = None, **settings: object) -> Trainer:
     method = method or tiny.unidad()
     s = build_settings(TrainSettings, BASE, settings)
     path.mkdir(parents=True, exist_ok=True)
-    run, accelerator = RunFolder(path), Accelerator(cpu=True)
+    run, accelerator = RunFolder(path), accelerator or Accelerator(cpu=True)
     stream = PictureStream(load_folder(folder, 16).pixels, hflip=True, seed=3)
     generator = getattr(method, "generator", torch.Generator())
     return Trainer(method, stream, s, run, Log(run, accelerator), generator, accelerator, rates={"heads": 5e-3})

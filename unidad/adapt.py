@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.config import TrainSettings, as_dict
 from unidad.data import PictureSet, PictureStream, load_folder
-from unidad.device import make_accelerator, pick_device, pick_tracker, use_bf16
+from unidad.device import make_accelerator, pick_device, start_trackers, use_bf16
+from unidad.distributed import Ranks
 from unidad.errors import ModelError, SettingsError
 from unidad.export import made, save_source, save_student
 from unidad.heads import build_heads
@@ -171,17 +173,20 @@ def train(
     settings = settings or TrainSettings()
     parts = gather(settings, target)
     device = pick_device(settings.device)
-    pick_tracker(settings)
+    accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
+    device = accelerator.device if accelerator.num_processes > 1 else device
     say = console.print if console is not None else _silent
     for note in parts.pictures.notes:
         say(f"Note: {note}")
-    facts = describe(settings, parts, target, device)
+    facts = describe(settings, parts, target, device) | {"processes": accelerator.num_processes}
     refuse_other_inputs(facts["hashes"], expected)
-    with open_run(out, facts, resume) as run:
+    ranks = Ranks(accelerator)
+    with open_run(out, facts, resume) if ranks.first else nullcontext(RunFolder(Path(out))) as run:
+        ranks.wait()  # the first one has made the folder, or was refused
+        start_trackers(accelerator)
         torch.manual_seed(settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed)
         method = build_method(settings, parts, device, generator)
-        accelerator = make_accelerator(settings, run)
         stream = PictureStream(parts.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
         log = Log(run, accelerator, console)
         sampler, rates = _sampler(parts, settings), network_rates(settings)
@@ -197,7 +202,8 @@ def train(
             trainer.fit(until)
         finally:
             accelerator.end_training()
-        finish(run, trainer.product, parts, settings, target)
+        if ranks.first:
+            finish(run, trainer.product, parts, settings, target)
     return run
 
 

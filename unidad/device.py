@@ -47,11 +47,14 @@ def pick_tracker(settings: LoopSettings) -> str:
     return settings.tracker
 
 
-def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
-    """Device and trackers through accelerate; "auto" is tensorboard where that is installed.
+def make_accelerator(settings: LoopSettings, run: RunFolder, several: bool = False) -> Accelerator:
+    """Device, processes and trackers through accelerate; "auto" is tensorboard where that is installed.
+
+    Args:
+        several: whether the job can run in several processes, as `torchrun` and `accelerate launch` start them.
 
     Raises:
-        SettingsError: if a tracker is asked for that is not installed, or several processes were launched.
+        SettingsError: if a tracker is asked for that is not installed, or several processes were launched for a job of one.
     """
     wanted = pick_tracker(settings)
     accelerator = Accelerator(
@@ -59,11 +62,15 @@ def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
         log_with=None if wanted == "none" else wanted,
         project_dir=str(run.path),
     )
-    if accelerator.num_processes > 1:
-        raise SettingsError("Several processes were launched, but this version trains on one. Start `unidad` by itself.")
-    if wanted != "none":
-        accelerator.init_trackers("unidad")
+    if accelerator.num_processes > 1 and not several:
+        raise SettingsError("Several processes were launched, but this command runs in one. Start `unidad` by itself.")
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers write; only where the run folder is ours."""
+    if accelerator.log_with:
+        accelerator.init_trackers("unidad")
 
 
 def pick_device(name: str) -> torch.device:

@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A run folder or checkpoint is missing, damaged, or belongs to another run."""
 
 
+class LostProcessError(UserError):
+    """Another process of the run has ended or does not answer."""
+
+
 class NonFiniteError(Exception):
     """A loss or gradient became NaN or infinite; the update was not applied."""
 

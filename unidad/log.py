@@ -53,6 +53,11 @@ class Log:
         """Write the means since the last flush: one row in log.jsonl (with `more` in it), the trackers and the bar."""
         means = {key: float(total) / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
+        if self.accelerator.num_processes > 1:
+            together = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.accelerator.device), reduction="mean")
+            means = dict(zip(means, together.tolist(), strict=True))
+        if not self.accelerator.is_main_process:
+            return
         row = {"cycle": cycle, "seconds": round(seconds, 3), "updates": updates, "losses": means, **more}
         with self.run.log.open("a") as handle:
             handle.write(json.dumps(row) + "\n")
@@ -86,7 +91,7 @@ class Log:
 
     def rewind(self, cycle: int) -> None:
         """After resuming at `cycle`: forget rows written past it, which will be written again."""
-        if not self.run.log.exists():
+        if not self.run.log.exists() or not self.accelerator.is_main_process:
             return
         kept = []
         for line in self.run.log.read_text(encoding="utf-8").splitlines():

@@ -16,7 +16,7 @@ from unidad.backbones.load import SCHEDULE_KEYS, load_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
-from unidad.device import make_accelerator, pick_device, pick_tracker, use_bf16
+from unidad.device import make_accelerator, pick_device, pick_tracker, start_trackers, use_bf16
 from unidad.errors import ModelError, SettingsError
 from unidad.export import save_source
 from unidad.log import Log
@@ -71,6 +71,7 @@ def pretrain(
             backbone.compile_unet()
         generator = torch.Generator(device).manual_seed(settings.seed)
         accelerator = make_accelerator(settings, run)
+        start_trackers(accelerator)
         stream = PictureStream(pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
         method = Finetune(backbone, generator, settings.denoising)
         log = Log(run, accelerator, console)

@@ -48,6 +48,8 @@ def reproduce(name: str | Path, out: str | Path, target: str | Path | None = Non
     """
     run = RunFolder(Path(name))
     facts = run.read()
+    if facts.get("processes", 1) > 1:
+        raise CheckpointError(f"'{run.path}' was made by {facts['processes']} processes; only runs of one can be reproduced.")
     place, before = _end_of_a_cycle(run)
     pictures = target or facts.get("data", {}).get("given")
     if not isinstance(pictures, str | Path) or not (str(pictures).startswith(BUNDLED) or Path(pictures).is_dir()):

@@ -142,8 +142,8 @@ def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
     free = FREE_ON_RESUME - ({"cycles"} if facts["settings"].get("lr_decay") == "cosine" else set())
     if before.get("device") != facts.get("device"):
         lines.append(f"device: was {before.get('device')}, now {facts.get('device')} (random states cannot move between them)")
-    for part in ("settings", "hashes"):
-        old, new = before.get(part, {}), facts[part]
+    pairs = ((_settings_of_one(before), _settings_of_one(facts)), (before.get("hashes", {}), facts["hashes"]))
+    for old, new in pairs:
         for key in sorted(old.keys() | new.keys()):
             if key not in free and old.get(key) != new.get(key):
                 lines.append(f"{key}: was {_short(old.get(key))}, now {_short(new.get(key))}")
@@ -161,6 +161,12 @@ def refuse_other_inputs(hashes: Mapping[str, str], expected: Mapping[str, str] |
     ]
     if lines:
         raise CheckpointError(f"The run was made from other files ({'; '.join(lines)}). Give those, or start a new run.")
+
+
+def _settings_of_one(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the same run in one process: batches of all processes together."""
+    settings, processes = dict(facts["settings"]), facts.get("processes", 1)
+    return settings | {key: settings[key] * processes for key in ("batch_size", "anchor_batch") if key in settings}
 
 
 def _short(value: Any) -> str:

@@ -19,11 +19,12 @@ from unidad import checkpoint
 from unidad.config import LoopSettings
 from unidad.data import PictureStream
 from unidad.device import use_bf16
+from unidad.distributed import Ranks
 from unidad.errors import CheckpointError, NonFiniteError
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
 from unidad.run import RunFolder
-from unidad.signals import Stopped, passing_on
+from unidad.signals import STOPPING, Stopped, passing_on
 
 Sampler = Callable[[nn.Module], Tensor]
 SKIPS_IN_A_ROW = 10  # with non_finite=skip: after so many the run stops, for it will not recover
@@ -75,7 +76,9 @@ class Trainer:
         self.ema = (
             AveragedModel(method.networks[method.product], multi_avg_fn=_ramped_average(settings.ema)) if settings.ema else None
         )
-        self._stop: int | None = None
+        self.ranks = Ranks(accelerator)
+        self._asked: int | None = None  # by a signal to this process
+        self._stop: int | None = None  # the same, once all processes know
         self._skips_in_a_row = 0
         self._saved: str | None = None
         self._saving: dict[str, float] = {}
@@ -124,7 +127,7 @@ class Trainer:
                 self._cycle()
                 self.place.seconds = time.monotonic() - started
                 self._after_cycle()
-                if s.max_minutes and time.monotonic() - session > 60 * s.max_minutes:
+                if s.max_minutes and any(self.ranks.total([time.monotonic() - session > 60 * s.max_minutes])):
                     break
             self._stop_if_asked()
             if self.log.pending:
@@ -154,7 +157,9 @@ class Trainer:
             self.ema.n_averaged.zero_()
 
     def _ask(self, signum: int) -> None:
-        self._stop = signum
+        self._asked = signum
+        if self.ranks.count == 1:
+            self._stop = signum
 
     def _stop_if_asked(self) -> None:
         if self._stop is not None:
@@ -172,7 +177,8 @@ class Trainer:
         """
         try:
             with only_training(self.method.networks, phase.trains), self._no_leftovers(phase):
-                self._accumulate(phase)
+                self._agree(phase, self._accumulate(phase))
+                self.ranks.average_gradients(self.method.networks[name] for name in phase.trains)
                 self._step(phase)
         except NonFiniteError:
             self.place.skipped += 1
@@ -182,22 +188,35 @@ class Trainer:
         else:
             self._skips_in_a_row = 0
 
-    def _accumulate(self, phase: Phase) -> None:
+    def _accumulate(self, phase: Phase) -> NonFiniteError | None:
+        """Gradients of this process's rows; what is wrong with them is returned, not raised, for the others wait to hear of it."""
         n = self.settings.accumulation
         for _ in range(n):
-            pictures = self.stream.next(self.settings.batch_size if phase.needs_data else 0)
-            with self._autocast:
+            pictures = self.ranks.rows(self.stream.next(self.ranks.count * self.settings.batch_size if phase.needs_data else 0))
+            with self._autocast, self.ranks.draws(self.generator):
                 losses = phase.loss(pictures)
             for name, value in losses.items():
                 if not torch.isfinite(value):
-                    raise self._non_finite(f"the loss '{name}' of phase '{phase.name}' became {value.item()}")
+                    return self._non_finite(f"the loss '{name}' of phase '{phase.name}' became {value.item()}")
             (losses["total"] / n).backward()
             self.log.add(phase.name, losses)
+        return None
+
+    def _agree(self, phase: Phase, error: NonFiniteError | None) -> None:
+        """All processes leave an update out, or stop after it, if one must."""
+        if self.ranks.count > 1:
+            bad, *asked = self.ranks.total([error is not None, *(self._asked == s for s in STOPPING)])
+            self._stop = next((s for s, n in zip(STOPPING, asked, strict=True) if n), None)
+            if bad and error is None:
+                raise self._non_finite(f"a loss of phase '{phase.name}' in another process became nan or infinite")
+        if error is not None:
+            raise error
 
     def _non_finite(self, what: str) -> NonFiniteError:
         there = checkpoint.names(self.run.checkpoints)
         last = f"the last checkpoint is '{self.run.checkpoints / there[-1]}'" if there else "there is no checkpoint yet"
-        return NonFiniteError(f"{what} in cycle {self.place.cycle}; {last}")
+        where = f" (process {self.ranks.rank} of {self.ranks.count})" if self.ranks.count > 1 else ""
+        return NonFiniteError(f"{what} in cycle {self.place.cycle}{where}; {last}")
 
     def _step(self, phase: Phase) -> None:
         norms = {}
@@ -252,7 +271,7 @@ class Trainer:
         self._saving = {}
 
     def _sample(self) -> None:
-        if self.sampler is not None:
+        if self.sampler is not None and self.ranks.first:
             was_training = self.product.training
             self.log.picture(self.place.cycle, self.sampler(self.product.eval()))
             self.product.train(was_training)
@@ -268,8 +287,10 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = dict(self.ema.state_dict())
         tensors["random"] = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
-        tensors["carried"] = {str(i): t for i, t in enumerate(self.method.carried())}
-        counters: dict[str, Any] = {"place": vars(self.place), "drawn": self.stream.drawn}
+        rows = self.method.carried_rows()
+        carried = [self.ranks.whole(t) if i < rows else t for i, t in enumerate(self.method.carried())]
+        tensors["carried"] = {str(i): t for i, t in enumerate(carried)}
+        counters: dict[str, Any] = {"place": vars(self.place), "drawn": self.stream.drawn, "carried_rows": rows}
         return checkpoint.Snapshot(tensors, counters)
 
     def save(self) -> Path:
@@ -279,9 +300,11 @@ class Trainer:
             began = time.monotonic()
             snapshot = self.snapshot()
             self._refuse_non_finite(snapshot)
-            self.log.flush_files()
-            checkpoint.save(self.run.checkpoints, name, snapshot)
-            checkpoint.prune(self.run.checkpoints, self.settings.keep, name)
+            if self.ranks.first:
+                self.log.flush_files()
+                checkpoint.save(self.run.checkpoints, name, snapshot)
+                checkpoint.prune(self.run.checkpoints, self.settings.keep, name)
+            self.ranks.wait()
             self._saved = name
             self._saving = {"save_seconds": round(time.monotonic() - began, 3), "save_bytes": snapshot.size}
         return self.run.checkpoints / name
@@ -315,7 +338,9 @@ class Trainer:
             torch.set_rng_state(snapshot.tensors["random"]["torch"])  # dropout, where a network has it, draws from this one
             device = self.stream.pixels.device
             carried = snapshot.tensors["carried"]
-            self.method.restore([carried[str(i)].to(device) for i in range(len(carried))])
+            rows = snapshot.counters.get("carried_rows", 0)
+            tensors = [carried[str(i)].to(device) for i in range(len(carried))]
+            self.method.restore([self.ranks.rows(t) if i < rows else t for i, t in enumerate(tensors)])
             self.place = Place(**snapshot.counters["place"])
             self.stream.drawn = snapshot.counters["drawn"]
             if self.place.updates.keys() != self.optimizers.keys():

@@ -28,10 +28,13 @@ EPILOG = """the usual way:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 failed, 2 bad input, 130/143 stopped and saved)."""
     args = build_parser().parse_args(argv)
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)  # file names may look like markup
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate started
+    console = Console(
+        stderr=True, quiet=not first, highlight=False, markup=False, soft_wrap=True
+    )  # file names may look like markup
     warnings.showwarning = lambda message, *_rest, **_more: console.print(f"Note: {message}", highlight=False)
     try:
-        if getattr(args, "out", None):
+        if first and getattr(args, "out", None):
             refuse_holder(Path(args.out))  # before the libraries are loaded, which takes seconds
         _quiet_libraries()
         code = args.run(args, console)

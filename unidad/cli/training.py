@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -149,7 +150,9 @@ def _stoppable(job: Callable[[], Path], out: str) -> int:
     from unidad.signals import Stopped
 
     try:
-        print(job())
+        done = job()
+        if os.environ.get("RANK", "0") == "0":
+            print(done)
     except Stopped as stop:
         print(
             f"unidad: stopped by {stop} {stop.place}; saved in '{out}'. Go on with the same command and --resume.", file=sys.stderr

@@ -56,6 +56,10 @@ class Method(ABC):
         """Tensors that one update hands to a later one; a checkpoint in mid cycle needs them."""
         return []
 
+    def carried_rows(self) -> int:
+        """How many of `carried`, the first ones, have a row for each picture of a batch; the others belong to the run as a whole."""
+        return 0
+
     def restore(self, carried: list[Tensor]) -> None:
         """Take back what `carried` gave."""
         if carried:

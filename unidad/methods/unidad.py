@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad.augment import augment, parse_kinds
 from unidad.backbones.base import Backbone, Granularity
+from unidad.distributed import shared_draws
 from unidad.losses import (
     denoising_loss,
     dmd_loss,
@@ -161,6 +162,10 @@ class UniDAD(Method):
         pool = [] if self._pool is None else [self._pool, torch.tensor(self._pool_age)]
         return [*self._fresh, *pool]
 
+    def carried_rows(self) -> int:
+        """The student samples."""
+        return len(self._fresh)
+
     def restore(self, carried: list[Tensor]) -> None:
         """Take them back."""
         self._fresh, self._pool = list(carried), None
@@ -260,7 +265,8 @@ class UniDAD(Method):
         per_step, done = [self.o.anchor_steps] * len(self.student_steps), []
         for start in range(0, n, 32):
             count = min(32, n - start)
-            noise = torch.randn((count, *self.student.shape), generator=self.generator, device=self.generator.device)
+            with shared_draws():
+                noise = torch.randn((count, *self.student.shape), generator=self.generator, device=self.generator.device)
             done.append(ddim_trajectory(teacher, noise, self.student_steps, per_step, self._labels(count)))
         return torch.cat(done)
 

@@ -1,0 +1,140 @@
+"""Several processes as one: each computes its rows of the batch, all take the same averaged step, so that N processes with b pictures
+each are one process with N * b.
+
+DistributedDataParallel is not used: it wraps a module's own forward, while the methods here call parts of networks (an encoder's
+features, a rollout of K steps) and train several networks in turn. Averaging the gradients once, after the last micro-batch, is the same
+sum, serves every network and the heads alike, and waits in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from unidad.errors import LostProcessError
+
+_shared: ContextVar[bool] = ContextVar("shared", default=False)
+
+
+@contextmanager
+def shared_draws() -> Iterator[None]:
+    """Inside, every process draws the same random numbers: what is drawn belongs to all of them, not to rows of a batch."""
+    token = _shared.set(True)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+class _Rows(TorchFunctionMode):
+    """Random numbers drawn for a batch are drawn for the whole batch of all processes, and this one's rows are returned.
+
+    The generators of all processes thus stay in the same state, which is that of one process with the whole batch. Scalars are shared.
+    """
+
+    def __init__(self, generator: torch.Generator, rank: int, count: int):
+        super().__init__()
+        self.generator, self.rank, self.count = generator, rank, count
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        options = kwargs or {}
+        drawn = func in (torch.randn, torch.rand, torch.randint) and options.get("generator") is self.generator
+        if not drawn or _shared.get() or not args[-1]:
+            return func(*args, **options)
+        *front, (n, *rest) = args
+        return func(*front, (n * self.count, *rest), **options)[self.rank * n : (self.rank + 1) * n]
+
+
+class Ranks:
+    """The process among those of the run.
+
+    Attributes:
+        rank: 0 in the process that writes the files.
+        count: how many there are; with 1 nothing here does anything.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self.rank, self.count = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The share of this process in a whole batch, [count * n, ...] -> [n, ...]."""
+        n = len(x) // self.count
+        return x[self.rank * n : (self.rank + 1) * n]
+
+    @contextmanager
+    def draws(self, generator: torch.Generator) -> Iterator[None]:
+        """Inside, what is drawn from `generator` is this process's rows of the whole batch's numbers."""
+        if self.count == 1:
+            yield
+            return
+        with _Rows(generator, self.rank, self.count):
+            yield
+
+    def total(self, numbers: list[float]) -> list[float]:
+        """Sums over all processes.
+
+        Raises:
+            LostProcessError: if another process has ended.
+        """
+        if self.count == 1:
+            return numbers
+        return self._together(torch.tensor(numbers, dtype=torch.float64), "sum").tolist()
+
+    def average_gradients(self, networks: Iterable[nn.Module]) -> None:
+        """Replace each gradient by its mean over all processes.
+
+        Raises:
+            LostProcessError: if another process has ended.
+        """
+        if self.count == 1:
+            return
+        for network in networks:
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            whole = self._together(torch.cat([g.reshape(-1) for g in gradients]), "mean")
+            for gradient, mean in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The rows of all processes, in order: the opposite of `rows`."""
+        if self.count == 1:
+            return x
+        with _naming_the_lost():
+            return self._accelerator.gather(x.contiguous())
+
+    def wait(self) -> None:
+        """Until every process is here.
+
+        Raises:
+            LostProcessError: if another process has ended.
+        """
+        if self.count > 1:
+            self.total([0.0])
+
+    def _together(self, x: Tensor, how: str) -> Tensor:
+        with _naming_the_lost():
+            device = self._accelerator.device
+            return self._accelerator.reduce(x.to(device) if device.type != "mps" else x, reduction=how)
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch.distributed raises when a connection ends or times out
+        reason = " ".join(str(error).split())[:160]
+        raise LostProcessError(
+            f"Another process of this run has ended ({reason}). The last checkpoint is whole: start all of them again with --resume."
+        ) from error
