@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -31,7 +32,7 @@ from unidad.cli import main
 from unidad.data import open_picture
 from unidad.errors import CheckpointError, DataError, ModelError
 from unidad.export import save_source
-from unidad.metrics.features import load_extractor
+from unidad.metrics.extractors import load_extractor
 from unidad.report import read_log, write_report
 from unidad.run import Lock
 
@@ -253,6 +254,23 @@ def test_pickles_are_never_opened(source: Path, copy: Path, picture_folder: Path
     assert not canary.exists()
     pickle.loads(plain).close()
     assert canary.exists(), "the canary itself works"
+
+
+def test_statistics_and_metric_weights_are_never_unpickled(picture_folder: Path, tmp_path: Path, capsys) -> None:
+    canary, seen = tmp_path / "canary", io.BytesIO()
+    torch.save(Canary(canary), seen)
+    objects = np.array([Canary(canary)], dtype=object)
+    np.savez(tmp_path / "objects.npz", mu=objects, sigma=objects)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    (tmp_path / "plain.npz").write_bytes(pickle.dumps(Canary(canary)))
+    (tmp_path / "weights.pth").write_bytes(seen.getvalue())
+    for name in ("objects", "array", "plain"):
+        assert main(["evaluate", str(picture_folder), "--reference", str(tmp_path / f"{name}.npz")]) == 2
+    weights = ["--extractor", "inception-fid", "--weights", str(tmp_path / "weights.pth")]
+    assert main(["evaluate", str(picture_folder), "--reference", str(picture_folder), *weights]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not canary.exists()
 
 
 def malformed(good: bytes) -> dict[str, bytes]:

@@ -48,7 +48,7 @@ def load_statistics(path: str | Path) -> Statistics:
             arrays = {key: torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma", "act") if key in file}
     except FileNotFoundError:
         raise DataError(f"There is no statistics file '{path}'. Give a .npz file or a folder of pictures.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"The statistics file '{path}' cannot be read: {error}. Get it anew, or give the folder of pictures."
         ) from None
