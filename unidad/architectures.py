@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,55 +13,71 @@ from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.errors import SettingsError, did_you_mean
 from unidad.noise import NoiseSchedule
 
+ADM_GROUPS = 32  # of every group norm
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pixel-space U-Net.
+    """ADM, the pixel-space U-Net of guided-diffusion (arXiv 2105.05233), as `UNet2DModel` can express it.
 
     Attributes:
         about: one line for people.
         size: side of its square pictures.
-        widths: channels per resolution, the first at full resolution.
-        attention: sides at which there is attention.
-        options: further `UNet2DModel` settings.
+        widths: channels per resolution, the first at full resolution; multiples of 32.
+        attends: whether there is attention, per resolution; the mid block always has it.
+        head_width: channels of an attention head.
+        blocks: residual blocks per resolution on the way down; one more on the way up.
+        residual: up and down inside residual blocks; otherwise by plain convolutions.
+        scale_shift: time scales and shifts the second norm; otherwise it is added before it.
+        learned_sigma: six channels out instead of three.
+        classes: of a class-conditional network, else None.
     """
 
     about: str
     size: int
     widths: tuple[int, ...]
-    attention: tuple[int, ...]
-    options: dict[str, Any] = field(default_factory=dict)
+    attends: tuple[bool, ...]
+    head_width: int
+    blocks: int = 2
+    residual: bool = True
+    scale_shift: bool = True
+    learned_sigma: bool = True
+    classes: int | None = None
 
     def unet_config(self) -> dict[str, Any]:
-        """Arguments of `UNet2DModel`: three channels in, six out (learned sigma), scale-shift norm, residual up and down."""
-        attends = [self.size // 2**i in self.attention for i in range(len(self.widths))]
-        shape = {
+        """Arguments of `UNet2DModel`."""
+        # DownBlock2D and UpBlock2D ignore downsample_type and upsample_type; without attention the residual ones have their own names.
+        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if self.residual else ("DownBlock2D", "UpBlock2D")
+        resampling = "resnet" if self.residual else "conv"
+        return {
             "sample_size": self.size,
             "in_channels": 3,
-            "out_channels": 6,
+            "out_channels": 6 if self.learned_sigma else 3,
             "block_out_channels": self.widths,
-            "layers_per_block": 2,
-            "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-            "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-            "resnet_time_scale_shift": "scale_shift",
-            "downsample_type": "resnet",
-            "upsample_type": "resnet",
+            "layers_per_block": self.blocks,
+            "down_block_types": tuple("AttnDownBlock2D" if a else plain[0] for a in self.attends),
+            "up_block_types": tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(self.attends)),
+            "attention_head_dim": self.head_width,
+            "norm_num_groups": ADM_GROUPS,
+            "attn_norm_num_groups": ADM_GROUPS,  # under scale_shift the mid block's attention has no norm unless this is said
+            "norm_eps": 1e-5,
+            "resnet_time_scale_shift": "scale_shift" if self.scale_shift else "default",
+            "downsample_type": resampling,
+            "upsample_type": resampling,
+            "num_class_embeds": self.classes,
         }
-        return shape | self.options
 
 
 BUNDLED = "avatars"
 ARCHITECTURES: dict[str, Architecture] = {
     "adm-256": Architecture(
-        "the shape of the FFHQ 256 model of guided-diffusion",
+        "the shape of the FFHQ 256 model of guided-diffusion, 552.8 M parameters",
         256,
         (256, 256, 512, 512, 1024, 1024),
-        (32, 16, 8),
-        {"attention_head_dim": 64},
+        (False, False, False, True, True, True),
+        64,
     ),
-    "adm-32x64": Architecture(
-        "ADM at 64 pixels with 32 channels, for CPUs", 64, (32, 64, 96, 128), (32, 16, 8), {"attention_head_dim": 32}
-    ),
+    "adm-32x64": Architecture("ADM at 64 pixels with 32 channels, for CPUs", 64, (32, 64, 96, 128), (False, True, True, True), 32),
 }
 
 
