@@ -1,0 +1,1 @@
+"""Checkpoints of other code, to diffusers folders and back."""
