@@ -26,7 +26,7 @@ def random_weights(
 ) -> Weights:
     """Every weight, none of them zero or one."""
     made: Weights = {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device().type.replace("meta", "cpu")).manual_seed(seed)
     time = 4 * widths[0]
 
     def layer(name: str, *shape: int) -> None:

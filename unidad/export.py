@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, LCMScheduler, UNet2DModel
+from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, LCMScheduler, UNet2DModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -73,6 +73,11 @@ def save_source(backbone: UNet2DBackbone, scheduler: dict[str, Any], out: Path, 
     sampler = DDIMScheduler.from_config(config, clip_sample=True, timestep_spacing="trailing")
     unet = _plain_unet(backbone)
     _write(DDPMPipeline(unet, sampler), out, facts, _source_card(facts), half)
+
+
+def save_converted(unet: UNet2DModel, scheduler: DDPMScheduler, out: Path, facts: dict[str, Any]) -> None:
+    """Write a network as it is, learned sigma too, as a DDPMPipeline folder; replaces `out` in one step."""
+    _write(DDPMPipeline(unet, scheduler), out, facts, _source_card(facts), half=False)
 
 
 def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unidad import __version__
-from unidad.cli import measuring, training, using
+from unidad.cli import converting, measuring, training, using
 from unidad.cli.common import Parser
 from unidad.errors import NonFiniteError, UserError
 from unidad.run import refuse_holder
@@ -115,4 +115,5 @@ def build_parser() -> argparse.ArgumentParser:
     using.add_info(commands)
     using.add_doctor(commands)
     measuring.add_bench(commands)
+    converting.add_convert(commands)
     return parser

@@ -6,8 +6,10 @@ convolution twice in a residual block, the timestep between them; q, k and v fro
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -228,12 +230,15 @@ def _shape_of(unet: UNet2DModel) -> Architecture:
         learned_sigma=config.out_channels == 6,
         classes=config.num_class_embeds,
     )
-    with torch.device("meta"):
-        same = dict(UNet2DModel(**shape.unet_config()).config)
-    ignored = {"dropout"} if shape.scale_shift else {"dropout", "attn_norm_num_groups"}  # by default norm_num_groups is taken
-    for key, value in same.items():
-        here = config[key]
-        plain = list(here) if isinstance(here, tuple) else here
-        if not key.startswith("_") and key not in ignored and plain != (list(value) if isinstance(value, tuple) else value):
-            raise ModelError(f"its {key} is {plain}, which guided-diffusion's network does not have ({value}).")
+    _refuse_other_settings(config, shape)
     return shape
+
+
+def _refuse_other_settings(config: Mapping[str, Any], shape: Architecture) -> None:
+    ignored = {"self", "dropout"}
+    ignored |= set() if shape.scale_shift else {"attn_norm_num_groups"}  # without scale_shift it falls back to norm_num_groups
+    wanted = {name: p.default for name, p in inspect.signature(UNet2DModel.__init__).parameters.items()} | shape.unet_config()
+    for name, value in wanted.items():
+        here = config.get(name, value)
+        if name not in ignored and (tuple(here) if isinstance(here, list) else here) != value:
+            raise ModelError(f"its {name} is {here}, which guided-diffusion's network does not have ({value}).")
