@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad.augment import augment, parse_kinds
-from unidad.backbones.base import Backbone, Granularity
+from unidad.backbones.base import Backbone, Granularity, guided
 from unidad.losses import (
     denoising_loss,
     dmd_loss,
@@ -36,6 +36,7 @@ class Objective:
 
     Attributes:
         a: weight of the target teacher against the source teacher, in [0, 1].
+        guidance: scale of classifier-free guidance on both teachers; 1 is none. Neither student nor fake teacher has any.
         dmd_weight: of L_DMD; 0 leaves the GAN alone.
         gan_weight: lambda_G. disc_weight: lambda_D.
         anchor_weight: of L_denoise of the student itself at its last timestep tau_K. Not in the paper, so 0 by default: it keeps
@@ -52,6 +53,7 @@ class Objective:
     """
 
     a: float = 0.25
+    guidance: float = 1.0
     dmd_weight: float = 1.0
     gan_weight: float = 0.01
     disc_weight: float = 0.03
@@ -261,7 +263,7 @@ class UniDAD(Method):
         for start in range(0, n, 32):
             count = min(32, n - start)
             noise = torch.randn((count, *self.student.shape), generator=self.generator, device=self.generator.device)
-            done.append(ddim_trajectory(teacher, noise, self.student_steps, per_step, self._labels(count)))
+            done.append(ddim_trajectory(guided(teacher, self.o.guidance), noise, self.student_steps, per_step, self._labels(count)))
         return torch.cat(done)
 
     def _student_batch(self) -> Tensor:
@@ -279,8 +281,10 @@ class UniDAD(Method):
         schedule = self.fake_teacher.schedule
         t = schedule.draw_timesteps(self.o.timestep_law, len(x), self.generator)
         x_t, labels = self._noised(x.detach(), t)[0], self._labels(len(x))
-        source = self.source_teacher.x0(x_t, t, labels) if self.o.uses_source and self.source_teacher is not None else None
-        target = self.target_teacher.x0(x_t, t, labels) if self.o.uses_target and self.target_teacher is not None else None
+        source, target = (
+            guided(teacher, self.o.guidance).x0(x_t, t, labels) if used and teacher is not None else None
+            for used, teacher in ((self.o.uses_source, self.source_teacher), (self.o.uses_target, self.target_teacher))
+        )
         return dual_domain_gradient(x, self.fake_teacher.x0(x_t, t, labels), source, target, self.o.a)
 
     # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
