@@ -214,6 +214,21 @@ class PictureStream:
             index.append(int(order[place]))
             flip.append(bool(flips[place]) and self.hflip)
         self.drawn += n
-        x = to_signed(self.pixels[torch.tensor(index, dtype=torch.long, device=self.pixels.device)])
-        mirrored = torch.tensor(flip, dtype=torch.bool, device=x.device).view(-1, 1, 1, 1)
+        device = self.pixels.device
+        mirrored = torch.tensor(flip, dtype=torch.bool, device=device).view(-1, 1, 1, 1)
+        return self._take(torch.tensor(index, dtype=torch.long, device=device), mirrored)
+
+    def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
+        x = to_signed(self.pixels[index])
         return torch.where(mirrored, x.flip(-1), x)
+
+
+class LatentStream(PictureStream):
+    """The same over latents, [N, c, s, s] float32, and over those of the mirrored pictures: a mirrored latent is not the latter."""
+
+    def __init__(self, latents: Tensor, mirrored: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"):
+        super().__init__(latents, hflip=hflip, seed=seed, device=device)
+        self._mirrored = mirrored.to(device)
+
+    def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
+        return torch.where(mirrored, self._mirrored[index], self.pixels[index])

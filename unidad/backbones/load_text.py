@@ -130,7 +130,13 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer of a pipeline folder.
+
+    Raises:
+        ModelError: it cannot be read.
+        SettingsError: transformers is not installed.
+    """
     if importlib.util.find_spec("transformers") is None:
         raise SettingsError("Text-to-image models need transformers. Run: pip install 'unidad[sd]'.")
     from transformers import CLIPTokenizer
@@ -144,6 +150,13 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"The tokenizer in '{folder}' cannot be read: {reason}.") from None
 
 
+def load_text_encoder(folder: Path) -> Any:
+    """The CLIP text encoder of a pipeline folder, float32, in eval mode."""
+    from transformers import CLIPTextModel
+
+    return load_network(CLIPTextModel, folder / "text_encoder", TEXT_WEIGHTS).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
     """Text embeddings of prompts, [P, L, D] float32, as `StableDiffusionPipeline` computes them; the encoder is freed afterwards.
@@ -151,16 +164,14 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
     Raises:
         SettingsError: a prompt has more tokens than the text encoder takes (77, its two ends included).
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     most = tokenizer.model_max_length
     for prompt, ids in zip(prompts, tokenizer(prompts).input_ids, strict=True):
         if len(ids) > most:
             raise SettingsError(
                 f"The prompt '{prompt[:60]}...' has {len(ids)} tokens, more than the {most} it may have. Shorten it."
             )
-    from transformers import CLIPTextModel
-
-    encoder = load_network(CLIPTextModel, folder / "text_encoder", TEXT_WEIGHTS).eval()
+    encoder = load_text_encoder(folder)
     tokens = tokenizer(prompts, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     return encoder(tokens.input_ids, attention_mask=mask)[0].clone()
@@ -168,7 +179,7 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
 
 def split_tokens(folder: Path, prompt: str, class_prompt: str) -> dict[str, list[str]]:
     """Words of the prompt that the class prompt has not and that the tokenizer knows only in pieces, with these."""
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     rare = [word for word in prompt.split() if word not in class_prompt.split()]
     pieces = {word: [piece.removesuffix("</w>") for piece in tokenizer.tokenize(word)] for word in rare}
     return {word: some for word, some in pieces.items() if len(some) > 1}

@@ -1,0 +1,150 @@
+"""What a run on a Stable Diffusion source is made from: pictures as latents, prompts as embeddings, and the UNet.
+
+The VAE and the text encoder are read, used and let go of; the VAE comes back for as long as a sample grid takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidad.backbones.base import Backbone, guided
+from unidad.backbones.load import Model, bundled_path
+from unidad.backbones.load_text import (
+    TextModel,
+    decode_latents,
+    encode_pictures,
+    encode_prompts,
+    load_text_model,
+    load_vae,
+    picture_side,
+    split_tokens,
+)
+from unidad.backbones.unet2d_cond import UNet2DCondBackbone
+from unidad.config import TrainSettings
+from unidad.data import LatentStream, PictureStream, load_folder, to_signed
+from unidad.device import pick_device
+from unidad.errors import SettingsError
+from unidad.export_text import save_text_student
+from unidad.ingredients import Ingredients, refuse_other_shape, student_steps
+from unidad.report import write_report
+from unidad.run import RunFolder
+from unidad.sample import draw
+
+GRID_SAMPLES = 8
+SCORED = 16
+DRAWN_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class TextIngredients(Ingredients):
+    """Of a run on a text-to-image source.
+
+    Attributes:
+        latents, mirrored: [N, c, s, s], of the target pictures and of their mirror images.
+        told: tables of prompts, [2, L, D]: the prompt and the empty one; for "source_teacher" the class prompt and the empty one.
+    """
+
+    latents: Tensor
+    mirrored: Tensor
+    told: dict[str, Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """The source's pipeline folder."""
+        assert isinstance(self.source, TextModel)
+        return self.source.folder
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of all that the run depends on."""
+        assert isinstance(self.source, TextModel)
+        return super().hashes() | {"vae": self.source.parts[0], "text_encoder": self.source.parts[1]}
+
+    def label(self, settings: TrainSettings) -> int | None:
+        """The first row of each role's table."""
+        return 0
+
+    def network(self, role: str, model: Model | None, device: torch.device) -> Backbone:
+        """A frozen copy of `model`, or of the source, with the table of its role."""
+        network = super().network(role, model, device)
+        assert isinstance(network, UNet2DCondBackbone)
+        network.set_prompts(self.told.get(role, self.told["student"]))
+        return network
+
+    def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
+        """The pictures' latents, for ever."""
+        return LatentStream(self.latents, self.mirrored, hflip=settings.hflip, seed=settings.seed, device=device)
+
+    def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
+        """Pictures of a sample grid, [N, 3, H, W] uint8."""
+        decode = self._decoder(product)
+        return draw(product, GRID_SAMPLES, steps=self.student_steps, batch_size=DRAWN_AT_ONCE, label=0, decode=decode)
+
+    def save(self, product: Backbone, out: Path, facts: dict[str, Any]) -> None:
+        """Write the product as a stock `StableDiffusionPipeline` folder."""
+        assert isinstance(product, UNet2DCondBackbone)
+        assert self.student_steps is not None
+        save_text_student(product, self.source.scheduler, self.student_steps, self.folder, out, facts)
+
+    def report(self, run: RunFolder, product: Backbone, settings: TrainSettings) -> None:
+        """Write grid.png and report.html; the source draws under the class prompt, guided."""
+        source = guided(self.network("source_teacher", None, next(product.parameters()).device), settings.guidance)
+        decode = self._decoder(product)
+        counts = {"scored": SCORED, "shown": GRID_SAMPLES, "batch_size": DRAWN_AT_ONCE}
+        write_report(run, self.pictures, product, source, self.student_steps, 0, decode, **counts)
+
+    def _decoder(self, product: Backbone) -> Callable[[Tensor], Tensor]:
+        return partial(decode_latents, load_vae(self.folder).to(next(product.parameters()).device))
+
+
+def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
+    """Read models and pictures, check that they fit each other, and encode pictures and prompts.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit; says which.
+    """
+    _check(settings)
+    source = load_text_model(settings.source)
+    student_init = None if settings.student_init == "source" else load_text_model(settings.student_init)
+    adapted = None if settings.target_teacher in ("online", "off") else load_text_model(settings.target_teacher)
+    for model in (student_init, adapted):
+        if model is not None:
+            refuse_other_shape(source, model)
+    steps = student_steps(settings, source.backbone.schedule)
+    pictures = load_folder(bundled_path(str(target), "targets"), picture_side(source))
+    prompt, general, empty = encode_prompts(source.folder, [settings.prompt, settings.class_prompt, ""])
+    told = {"student": torch.stack([prompt, empty]), "source_teacher": torch.stack([general, empty])}
+    vae = load_vae(source.folder).to(pick_device(settings.device))
+    signed = to_signed(pictures.pixels).to(vae.device)
+    latents = encode_pictures(vae, signed).cpu()
+    mirrored = encode_pictures(vae, signed.flip(-1)).cpu() if settings.hflip else latents
+    pictures = replace(pictures, notes=[*pictures.notes, *_notes(source.folder, settings)])
+    return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, told)
+
+
+def _check(settings: TrainSettings) -> None:
+    if not settings.prompt:
+        raise SettingsError(
+            f"'{settings.source}' is a text-to-image model: say what the pictures show, for example --prompt 'a prt cat' --class-prompt 'a cat'."
+        )
+    if settings.a < 1 and settings.dmd_weight > 0 and not settings.class_prompt:
+        raise SettingsError(
+            "The source teacher needs the prompt without the rare word, for example --class-prompt 'a cat'; or set a=1 to do without it."
+        )
+    if settings.method != "uni-dad":
+        raise SettingsError(f"'method' {settings.method} is not there yet for text-to-image sources; use uni-dad.")
+    if settings.class_label >= 0:
+        raise SettingsError("'class_label' means nothing to a text-to-image model. Leave it at -1.")
+
+
+def _notes(folder: Path, settings: TrainSettings) -> list[str]:
+    return [
+        f"The tokenizer knows '{word}' only in pieces ({', '.join(pieces)}), each with a meaning of its own; another rare word may be better."
+        for word, pieces in split_tokens(folder, settings.prompt, settings.class_prompt).items()
+    ]
