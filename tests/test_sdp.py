@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sd
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from unidad import checkpoint
 from unidad.adapt import build_method, train
 from unidad.backbones import load_text
+from unidad.commands import draw_from, export_run, load_product, sample_to_folder
 from unidad.config import TrainSettings, build_settings
 from unidad.data import to_signed
 from unidad.errors import ModelError, SettingsError
+from unidad.export_text import save_text_student
+from unidad.info import describe_path
 from unidad.ingredients_text import gather_text
 from unidad.presets import PRESETS
+from unidad.rollout import rollout, seeded_noise
 from unidad.run import RunFolder
 
 CPU = torch.device("cpu")
@@ -166,3 +176,106 @@ def test_other_models_and_other_sources_are_refused(folder: Path, picture_folder
 def test_a_rare_token_in_pieces_is_noted(folder: Path, picture_folder: Path):
     parts = gather_text(settings(folder, prompt="a sks cat"), picture_folder)
     assert any("'sks' only in pieces (s, k, s)" in note for note in parts.pictures.notes)
+
+
+# -- the product ------------------------------------------------------------------------------------------------------
+
+# Runs where `import unidad` fails, as on the machine of someone who was only given the folder.
+STRANGER = """
+import sys
+sys.modules["unidad"] = None
+import json, torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], use_safetensors=True)
+pipe.set_progress_bar_config(disable=True)
+found = {}
+for i, (prompts, call) in enumerate(json.loads(sys.argv[3])):
+    rows = [pipe([prompt] * 2, generator=[torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)],
+                 output_type="np", guidance_scale=1.0, **call).images for prompt in prompts]
+    found[str(i)] = torch.stack([torch.from_numpy(r).permute(0, 3, 1, 2) for r in rows]).contiguous()
+from safetensors.torch import save_file
+save_file(found, sys.argv[2])
+"""
+
+
+def as_stranger(folder: Path, out: Path, calls: list) -> list[torch.Tensor]:
+    command = [sys.executable, "-c", STRANGER, str(folder), str(out), json.dumps(calls)]
+    subprocess.run(command, check=True, timeout=300)
+    return list(load_file(out).values())
+
+
+def floats(model: load_text.TextModel, prompts: list[str], steps: list[int]) -> torch.Tensor:
+    """Our rollout in [0, 1] before it is rounded to bytes, seeds 5 and 6."""
+    net, vae, rows = model.backbone, load_text.load_vae(model.folder), []
+    net.set_prompts(load_text.encode_prompts(model.folder, [*prompts, ""]))
+    for i in range(len(prompts)):
+        with torch.no_grad():
+            z = rollout(net, seeded_noise([5, 6], net.shape), steps, torch.tensor([i, i]))
+        rows.append((load_text.decode_latents(vae, z) / 2 + 0.5).clamp(0, 1))
+    return torch.stack(rows)
+
+
+def test_the_stock_pipeline_alone_draws_what_we_draw(run: RunFolder, tmp_path: Path):
+    prompts = ["a prt cat", "a prt cat on the dog"]
+    calls = [(prompts, {"num_inference_steps": 1}), (prompts, {"timesteps": [999, 399]})]
+    one, two = as_stranger(run.student, tmp_path / "x.safetensors", calls)
+    model = load_text.load_text_model(run.student)
+    assert model.student_steps == [999]
+    assert (one - floats(model, prompts, [999])).abs().max() < 1e-5
+    assert (two - floats(model, prompts, [999, 399])).abs().max() < 1e-5
+    assert (one - two).abs().max() > 1e-3
+
+    grid = sample_to_folder(run.path, 2, tmp_path / "drawn", seed=5, batch_size=1, device="cpu", prompts=prompts)
+    for row in range(2):
+        for i in range(2):
+            with Image.open(grid.parent / f"{row:02d}-{5 + i:06d}.png") as picture:
+                drawn = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
+            assert (drawn - one[row, i] * 255).abs().max() <= 0.51
+    with Image.open(grid) as sheet:
+        assert sheet.size == (2 * 64 + 2, 2 * 64 + 2)
+
+
+def test_export_of_a_run_that_has_not_finished(run: RunFolder, tmp_path: Path):
+    aside = run.student.rename(tmp_path / "aside")
+    try:
+        out = export_run(str(run.path), tmp_path / "exported")
+    finally:
+        aside.rename(run.student)
+    ours, theirs = (load_text.load_text_model(path) for path in (out, run.student))
+    for key, value in theirs.backbone.state_dict().items():
+        assert torch.equal(value, ours.backbone.state_dict()[key])
+    assert (ours.student_steps, ours.prompt, ours.parts) == (theirs.student_steps, "a prt cat", theirs.parts)
+
+
+def test_a_student_of_one_s_own_timesteps_says_how_to_draw(run: RunFolder, tmp_path: Path):
+    model = load_text.load_text_model(run.student)
+    facts = {"prompt": "a prt cat"}
+    save_text_student(model.backbone, model.scheduler, [999, 399], model.folder, tmp_path / "two", facts, half=True)
+    assert "pipe('a prt cat', timesteps=[999, 399], guidance_scale=1.0)" in (tmp_path / "two" / "README.md").read_text()
+    half = load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in half.values()} == {torch.float16}
+    assert load_text.load_text_model(tmp_path / "two").student_steps == [999, 399]
+
+
+def test_nothing_of_this_machine_is_given_away(run: RunFolder):
+    for file in run.student.rglob("*.*"):
+        assert str(run.path.parent.parent).encode() not in file.read_bytes(), file
+
+
+def test_a_run_can_start_from_another_s_student_and_info_knows_it(run: RunFolder, folder: Path, picture_folder: Path):
+    parts = gather_text(settings(folder, student_init=str(run.path)), picture_folder)
+    student = build_method(settings(folder), parts, CPU, torch.Generator()).networks["student"]
+    for key, value in load_text.load_text_model(run.student).backbone.state_dict().items():
+        assert torch.equal(student.state_dict()[key], value)
+    assert "1-step student" in describe_path(str(run.student))
+    assert "a=0.75" in describe_path(str(run.path))
+
+
+def test_what_a_student_cannot_be_asked(run: RunFolder, folder: Path, source: Path, tmp_path: Path):
+    with pytest.raises(SettingsError, match="many-step"):
+        sample_to_folder(folder, 1, tmp_path / "a", device="cpu", prompts=["a cat"])
+    with pytest.raises(SettingsError, match="no text-to-image model"):
+        sample_to_folder(source, 1, tmp_path / "a", device="cpu", prompts=["a cat"])
+    with pytest.raises(SettingsError, match="needs prompts"):
+        draw_from(load_product(run.path), 1, None, 0, 1, "cpu")
+    assert not (tmp_path / "a").exists()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-
 from unidad.backbones.load_text import load_text_encoder, load_tokenizer, load_vae
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.export import lcm_scheduler, plain_unet, write_pipeline
@@ -31,10 +29,13 @@ def save_text_student(
     Raises:
         CheckpointError: if the disk refuses.
     """
+    text_encoder, tokenizer = load_text_encoder(folder), load_tokenizer(folder)
+    from diffusers import StableDiffusionPipeline  # which imports transformers
+
     pipeline = StableDiffusionPipeline(
         vae=load_vae(folder),
-        text_encoder=load_text_encoder(folder),
-        tokenizer=load_tokenizer(folder),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
         unet=plain_unet(backbone),
         scheduler=lcm_scheduler(scheduler, steps),
         safety_checker=None,

@@ -17,6 +17,7 @@ from unidad.backbones.load import (
     Model,
     find_folder,
     hash_file,
+    load_model,
     load_network,
     load_scheduler,
     read_json,
@@ -36,10 +37,12 @@ class TextModel(Model):
     Attributes:
         folder: of the whole pipeline.
         parts: sha256 of the VAE's and of the text encoder's weights.
+        prompt: that a student was trained with.
     """
 
     folder: Path = Path()
     parts: tuple[str, str] = ("", "")
+    prompt: str = ""
 
 
 def is_text_to_image(name: str | Path) -> bool:
@@ -50,6 +53,15 @@ def is_text_to_image(name: str | Path) -> bool:
     """
     index = find_folder(str(name)) / "model_index.json"
     return index.exists() and "text_encoder" in read_json(index)
+
+
+def open_model(name: str | Path) -> Model:
+    """A model of either kind.
+
+    Raises:
+        UserError: as `load_model` and `load_text_model` do.
+    """
+    return load_text_model(name) if is_text_to_image(name) else load_model(name)
 
 
 def load_text_model(name: str | Path) -> TextModel:
@@ -79,7 +91,7 @@ def load_text_model(name: str | Path) -> TextModel:
         parts=(hash_file(folder / "vae" / WEIGHTS), hash_file(folder / "text_encoder" / TEXT_WEIGHTS)),
     )
     notes = read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
-    return replace(model, student_steps=notes.get("student_steps"))
+    return replace(model, student_steps=notes.get("student_steps"), prompt=notes.get("prompt", ""))
 
 
 def _load_unet(folder: Path) -> UNet2DConditionModel:
@@ -130,6 +142,15 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 
+def _quiet_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise SettingsError("Text-to-image models need transformers. Run: pip install 'unidad[sd]'.")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it advises to install torchvision, which nothing here needs
+    logging.disable_progress_bar()  # of reading weights that are on disk already
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The CLIP tokenizer of a pipeline folder.
 
@@ -137,12 +158,9 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: it cannot be read.
         SettingsError: transformers is not installed.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise SettingsError("Text-to-image models need transformers. Run: pip install 'unidad[sd]'.")
+    _quiet_transformers()
     from transformers import CLIPTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of reading weights that are on disk already
     try:
         return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
@@ -152,6 +170,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_text_encoder(folder: Path) -> Any:
     """The CLIP text encoder of a pipeline folder, float32, in eval mode."""
+    _quiet_transformers()
     from transformers import CLIPTextModel
 
     return load_network(CLIPTextModel, folder / "text_encoder", TEXT_WEIGHTS).eval().requires_grad_(False)
