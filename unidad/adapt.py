@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from unidad import checkpoint
 from unidad.backbones.base import Backbone
-from unidad.backbones.load import Model
 from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
 from unidad.device import make_accelerator, pick_device, pick_tracker
@@ -33,11 +32,7 @@ from unidad.train import Trainer
 
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
-
-    def network(role: str, model: Model | None = None) -> Backbone:
-        return parts.network(role, model, device)
-
-    values, label = as_dict(settings), parts.label(settings)
+    network, values, label = parts.networks(device), as_dict(settings), parts.label(settings)
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)
         return Finetune(start, generator, settings.denoising, label, parts.student_steps)

@@ -16,6 +16,7 @@ from torch import Tensor
 from unidad import checkpoint
 from unidad.backbones.load import Model, bundled_path
 from unidad.backbones.load_text import TextModel, decode_latents, encode_prompts, load_vae, open_model
+from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
@@ -53,10 +54,16 @@ def load_product(name: str | Path) -> Model:
     tensors = found[1].tensors
     product = "network." + facts.get("product", "student")
     averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
-    model.backbone.load_state_dict(averaged or tensors[product], strict=True)
+    weights, rank = averaged or tensors[product], facts["settings"].get("lora_rank", 0)
+    if rank and isinstance(model.backbone, UNet2DCondBackbone):
+        role = LoraRole(model.backbone, "student", rank, model.backbone.prompts)
+        role.load_state_dict(weights, strict=True)
+        model = replace(model, backbone=role.merged())
+    else:
+        model.backbone.load_state_dict(weights, strict=True)
     label = facts["settings"]["class_label"]
     model = replace(model, name=str(name), student_steps=facts["student_steps"], class_label=None if label < 0 else label)
-    return replace(model, prompt=facts["settings"]["prompt"]) if isinstance(model, TextModel) else model
+    return replace(model, prompt=facts["settings"].get("prompt", "")) if isinstance(model, TextModel) else model
 
 
 def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: int, device: str, label: int | None = None) -> Tensor:

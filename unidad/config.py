@@ -61,6 +61,7 @@ class TrainSettings(LoopSettings):
     prompt: str = ""  # of a text-to-image source: what the pictures show, with a rare word for the subject ("a prt cat")
     class_prompt: str = ""  # the same without the rare word ("a cat"): what the source teacher is told
     guidance: float = 1.0  # of classifier-free guidance on both teachers of a text-to-image source; 1: none
+    lora_rank: int = 0  # of an adapter for each network on one shared base; 0: whole networks are trained
     steps: int = 3  # K
     timesteps: tuple[int, ...] = ()  # of the student, falling, such as 999,399; empty: those of steps and grid
     grid: str = "lcm"  # lcm | edm | fine (lcm with its last step at little noise)
@@ -156,6 +157,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 64),
     "a": (0, 1),
     "guidance": (1, 100),
+    "lora_rank": (0, 4096),
     "dmd_weight": (0, 1e6),
     "gan_weight": (0, 1e6),
     "disc_weight": (0, 1e6),

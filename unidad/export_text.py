@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from unidad.backbones.load_text import load_text_encoder, load_tokenizer, load_vae
+from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
+from unidad.errors import CheckpointError
 from unidad.export import lcm_scheduler, plain_unet, write_pipeline
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def save_text_student(
@@ -46,6 +52,26 @@ def save_text_student(
     write_pipeline(pipeline, out, facts | {"student_steps": steps}, _card(steps, facts, on_lcm_grid), half)
 
 
+def save_lora(role: LoraRole, scheduler: dict[str, Any], steps: list[int], out: Path, facts: dict[str, Any]) -> None:
+    """Write an adapter as `pytorch_lora_weights.safetensors`, with the scheduler and a card; replaces files of these names in `out`.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    on_lcm_grid = steps == role.schedule.student_steps(len(steps), "lcm")
+    layers = {name: value.detach().cpu().contiguous() for name, value in role.adapter_state().items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=layers, safe_serialization=True)
+        (out / LORA_WEIGHTS).chmod(0o644)
+        lcm_scheduler(scheduler, steps).save_pretrained(out / "scheduler")
+        (out / "README.md").write_text(_lora_card(steps, facts, on_lcm_grid), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"'{out}' cannot be written: {error}. Free some space.") from None
+
+
 def sampling_call(steps: list[int], on_lcm_grid: bool) -> str:
     """The arguments, after the prompt, with which a stock pipeline draws at these timesteps."""
     grid = f"num_inference_steps={len(steps)}" if on_lcm_grid else f"timesteps={steps}"
@@ -77,4 +103,25 @@ There is no safety checker in this folder.
 
 Trained from: {facts.get("source", "unknown")}. Target pictures: {facts.get("target", "unknown")}, as {prompt!r}.
 The pictures' licence and the source model's licence both bind what is made with it.
+"""
+
+
+def _lora_card(steps: list[int], facts: dict[str, Any], on_lcm_grid: bool) -> str:
+    return f"""---
+library_name: diffusers
+tags: [text-to-image, lora, few-step, uni-dad]
+---
+# LoRA of a {len(steps)}-step text-to-image generator
+
+{facts.get("about", "")}
+
+```python
+from diffusers import LCMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THE_SOURCE", use_safetensors=True)
+pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
+pipe.scheduler = LCMScheduler.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
+pipe({facts["prompt"]!r}, {sampling_call(steps, on_lcm_grid)}).images[0]
+```
+
+It fits the model it was trained on, {facts.get("source", "unknown")}, at a scale of 1 and with this scheduler.
 """

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ from unidad.run import RunFolder
 from unidad.sample import draw
 
 GRID_SAMPLES = 48
+
+
+class Networks(Protocol):
+    """Makes the network of a role."""
+
+    def __call__(self, role: str, model: Model | None = None) -> Backbone: ...
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,13 @@ class Ingredients:
         """The condition of every picture."""
         return None if settings.class_label < 0 else settings.class_label
 
-    def network(self, role: str, model: Model | None, device: torch.device) -> Backbone:
-        """A frozen copy of `model`, or of the source, for one role of the method."""
-        return copy.deepcopy((model or self.source).backbone).to(device).requires_grad_(False)
+    def networks(self, device: torch.device) -> Networks:
+        """A maker of the networks of one method: for a role, a frozen copy of the model given, or of the source where there is none."""
+
+        def network(role: str, model: Model | None = None) -> Backbone:
+            return copy.deepcopy((model or self.source).backbone).to(device).requires_grad_(False)
+
+        return network
 
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The target pictures, for ever."""
@@ -82,8 +92,10 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     Raises:
         UserError: the source, student or target teacher cannot be used, or the pictures cannot.
     """
-    if settings.prompt or settings.class_prompt or settings.guidance != 1:
-        raise SettingsError(f"'{settings.source}' is no text-to-image model: leave out prompt, class_prompt and guidance.")
+    if settings.prompt or settings.class_prompt or settings.guidance != 1 or settings.lora_rank:
+        raise SettingsError(
+            f"'{settings.source}' is no text-to-image model: leave out prompt, class_prompt, guidance and lora_rank."
+        )
     source = load_model(settings.source)
     student_init = None if settings.student_init == "source" else load_model(settings.student_init)
     adapted = None if settings.target_teacher in ("online", "off") else load_model(settings.target_teacher)

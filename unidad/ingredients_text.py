@@ -26,13 +26,14 @@ from unidad.backbones.load_text import (
     picture_side,
     split_tokens,
 )
+from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings
 from unidad.data import LatentStream, PictureStream, load_folder, to_signed
 from unidad.device import pick_device
 from unidad.errors import SettingsError
-from unidad.export_text import save_text_student
-from unidad.ingredients import Ingredients, refuse_other_shape, student_steps
+from unidad.export_text import save_lora, save_text_student
+from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_steps
 from unidad.report import write_report
 from unidad.run import RunFolder
 from unidad.sample import draw
@@ -48,11 +49,13 @@ class TextIngredients(Ingredients):
 
     Attributes:
         latents, mirrored: [N, c, s, s], of the target pictures and of their mirror images.
+        lora_rank: of the adapters; 0 trains whole networks.
         told: tables of prompts, [2, L, D]: the prompt and the empty one; for "source_teacher" the class prompt and the empty one.
     """
 
     latents: Tensor
     mirrored: Tensor
+    lora_rank: int
     told: dict[str, Tensor]
 
     @property
@@ -70,11 +73,21 @@ class TextIngredients(Ingredients):
         """The first row of each role's table."""
         return 0
 
-    def network(self, role: str, model: Model | None, device: torch.device) -> Backbone:
-        """A frozen copy of `model`, or of the source, with the table of its role."""
-        network = super().network(role, model, device)
-        assert isinstance(network, UNet2DCondBackbone)
-        network.set_prompts(self.told.get(role, self.told["student"]))
+    def networks(self, device: torch.device) -> Networks:
+        """Frozen copies as for other sources, or adapters on one copy; each network has the table of its role."""
+        copied, told = super().networks(device), self.told
+        base = copied("base") if self.lora_rank else None
+
+        def network(role: str, model: Model | None = None) -> Backbone:
+            prompts = told.get(role, told["student"])
+            if base is not None:
+                assert isinstance(base, UNet2DCondBackbone)
+                return LoraRole(base, role, 0 if role == "source_teacher" else self.lora_rank, prompts).requires_grad_(False).eval()
+            whole = copied(role, model)
+            assert isinstance(whole, UNet2DCondBackbone)
+            whole.set_prompts(prompts)
+            return whole
+
         return network
 
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
@@ -90,11 +103,14 @@ class TextIngredients(Ingredients):
         """Write the product as a stock `StableDiffusionPipeline` folder."""
         assert isinstance(product, UNet2DCondBackbone)
         assert self.student_steps is not None
+        if isinstance(product, LoraRole):
+            save_lora(product, self.source.scheduler, self.student_steps, out.with_name("lora"), facts)
+            product = product.merged()
         save_text_student(product, self.source.scheduler, self.student_steps, self.folder, out, facts)
 
     def report(self, run: RunFolder, product: Backbone, settings: TrainSettings) -> None:
         """Write grid.png and report.html; the source draws under the class prompt, guided."""
-        source = guided(self.network("source_teacher", None, next(product.parameters()).device), settings.guidance)
+        source = guided(self.networks(next(product.parameters()).device)("source_teacher"), settings.guidance)
         decode = self._decoder(product)
         counts = {"scored": SCORED, "shown": GRID_SAMPLES, "batch_size": DRAWN_AT_ONCE}
         write_report(run, self.pictures, product, source, self.student_steps, 0, decode, **counts)
@@ -125,7 +141,7 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
     latents = encode_pictures(vae, signed).cpu()
     mirrored = encode_pictures(vae, signed.flip(-1)).cpu() if settings.hflip else latents
     pictures = replace(pictures, notes=[*pictures.notes, *_notes(source.folder, settings)])
-    return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, told)
+    return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, settings.lora_rank, told)
 
 
 def _check(settings: TrainSettings) -> None:
@@ -139,6 +155,10 @@ def _check(settings: TrainSettings) -> None:
         )
     if settings.method != "uni-dad":
         raise SettingsError(f"'method' {settings.method} is not there yet for text-to-image sources; use uni-dad.")
+    if settings.lora_rank and (settings.student_init != "source" or settings.target_teacher not in ("online", "off")):
+        raise SettingsError(
+            "'lora_rank' puts every network on the source as base: leave student_init=source and target_teacher=online, or set it to 0."
+        )
     if settings.class_label >= 0:
         raise SettingsError("'class_label' means nothing to a text-to-image model. Leave it at -1.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def draw(
         label: class of every picture, for a class-conditional network.
         decode: what the network draws -> pictures in [-1, 1], where it draws latents.
     """
-    device = next(backbone.parameters()).device
+    device = next(chain(backbone.parameters(), backbone.buffers())).device  # a frozen role has no parameters of its own
     done = []
     for start in range(0, n, batch_size):
         seeds = range(seed + start, seed + min(start + batch_size, n))
