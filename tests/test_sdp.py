@@ -25,6 +25,7 @@ from unidad.export_text import save_text_student
 from unidad.info import describe_path
 from unidad.ingredients_text import gather_text
 from unidad.presets import PRESETS
+from unidad.prompts import bundled_templates, in_contexts, read_templates
 from unidad.rollout import rollout, seeded_noise
 from unidad.run import RunFolder
 
@@ -121,10 +122,17 @@ def test_a_run_trains_three_networks_and_leaves_a_report(run: RunFolder, folder:
         assert any(not torch.equal(trained[key], start[key]) for key in start)
     assert "network.source_teacher" not in saved
     assert run.read()["student_steps"] == [999]
-    assert run.read()["hashes"].keys() == {"source", "pictures", "vae", "text_encoder"}
+    assert run.read()["hashes"].keys() == {"source", "pictures", "vae", "text_encoder", "prompts"}
     assert "a prt cat" in (run.path / "report.html").read_text()
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a tiny run's time goes into its report."""
+    monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_stopped_run_goes_on_to_the_same_bits(run: RunFolder, folder: Path, picture_folder: Path, tmp_path: Path):
     train(picture_folder, tmp_path / "again", settings(folder, cycles=1))
     again = train(picture_folder, tmp_path / "again", settings(folder), resume=True)
@@ -176,6 +184,58 @@ def test_other_models_and_other_sources_are_refused(folder: Path, picture_folder
 def test_a_rare_token_in_pieces_is_noted(folder: Path, picture_folder: Path):
     parts = gather_text(settings(folder, prompt="a sks cat"), picture_folder)
     assert any("'sks' only in pieces (s, k, s)" in note for note in parts.pictures.notes)
+
+
+# -- prompts in contexts ----------------------------------------------------------------------------------------------
+
+
+def test_student_samples_are_drawn_in_contexts_and_told_to_every_network(folder: Path, picture_folder: Path, tmp_path: Path):
+    (tmp_path / "own.txt").write_text("a {} on the dog\n\nthe dog on a {}\n")
+    s = settings(folder, prompts=str(tmp_path / "own.txt"), batch_size=4)
+    parts = gather_text(s, picture_folder)
+    expected = ["a prt cat", "a prt cat on the dog", "the dog on a prt cat", ""]
+    assert torch.allclose(parts.told["student"], load_text.encode_prompts(folder, expected))
+    expected = [text.replace("prt ", "") for text in expected]
+    assert torch.allclose(parts.told["source_teacher"], load_text.encode_prompts(folder, expected))
+
+    method = build_method(s, parts, CPU, torch.Generator().manual_seed(0))
+    seen: dict[str, list[list[int]]] = {name: [] for name in method.networks}
+    for name in ("student", "source_teacher", "fake_teacher", "target_teacher"):
+        net, asked = method.networks[name], method.networks[name]._condition
+        net._condition = lambda labels, name=name, asked=asked: seen[name].append(labels.tolist()) or asked(labels)
+    pictures = parts.stream(s, CPU).next(4)
+    by_name = {phase.name: phase for phase in method.phases}
+    drawn = []
+    for _ in range(8):
+        by_name["student"].loss(pictures)
+        (asked,) = seen["student"]
+        assert seen["source_teacher"] == seen["target_teacher"] == [[*asked, 3, 3, 3, 3]]
+        assert seen["fake_teacher"] == [asked, asked], "once for DMD, once for the heads"
+        method.restore([t.clone() for t in method.carried()])
+        for calls in seen.values():
+            calls.clear()
+        by_name["fake_teacher"].loss(pictures)
+        assert seen["fake_teacher"] == [asked, [0] * 4], "the student's own batch, then real pictures"
+        by_name["target_teacher"].loss(pictures)
+        assert seen["target_teacher"] == [[0] * 4]
+        drawn += asked
+        for calls in seen.values():
+            calls.clear()
+    assert set(drawn) == {0, 1, 2}
+
+
+def test_bundled_templates_and_bad_ones(folder: Path, tmp_path: Path):
+    assert bundled_templates() == ["live", "object"]
+    for name in bundled_templates():
+        assert len(set(read_templates(name))) == 25
+    assert in_contexts(["a {} in the snow"], "an prt owl") == ["a prt owl in the snow"]
+    (tmp_path / "bad.txt").write_text("a {} here\nno place\n")
+    (tmp_path / "none.txt").write_text("\n")
+    for name, words in (("bad.txt", "Line 2"), ("none.txt", "no prompt"), ("gone.txt", "no readable file")):
+        with pytest.raises(SettingsError, match=words):
+            read_templates(str(tmp_path / name))
+    with pytest.raises(SettingsError, match="Did you mean 'object'"):
+        read_templates("objects")
 
 
 # -- the product ------------------------------------------------------------------------------------------------------
@@ -306,6 +366,7 @@ def test_lora_roles_share_one_base_and_learn_apart(lora_source: Path, picture_fo
     assert list(nets["source_teacher"].parameters()) == []
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_lora_run_s_checkpoint_holds_adapters_only_and_resumes_to_the_same_bits(
     lora_run: RunFolder, lora_source: Path, picture_folder: Path, tmp_path: Path
 ):

@@ -49,6 +49,7 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
         "batch_size": settings.batch_size,
         "generator": generator,
         "label": label,
+        "contexts": parts.contexts,
     }
     if settings.method == "adapt-then-distill":
         fresh = parts.student_init is None

@@ -60,6 +60,7 @@ class TrainSettings(LoopSettings):
     class_label: int = -1  # of a class-conditional source; -1: none
     prompt: str = ""  # of a text-to-image source: what the pictures show, with a rare word for the subject ("a prt cat")
     class_prompt: str = ""  # the same without the rare word ("a cat"): what the source teacher is told
+    prompts: str = ""  # of student samples besides the bare one: object | live | a file of lines such as "a {} in the snow"
     guidance: float = 1.0  # of classifier-free guidance on both teachers of a text-to-image source; 1: none
     lora_rank: int = 0  # of an adapter for each network on one shared base; 0: whole networks are trained
     steps: int = 3  # K

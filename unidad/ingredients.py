@@ -47,6 +47,11 @@ class Ingredients:
         """Where in the run folder the product goes."""
         return "model" if self.student_steps is None else "student"
 
+    @property
+    def contexts(self) -> int:
+        """How many labels student samples are drawn under."""
+        return 1
+
     def hashes(self) -> dict[str, str]:
         """sha256 of all that the run depends on."""
         others = {"student_init": self.student_init, "target_teacher": self.adapted}
@@ -92,9 +97,9 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     Raises:
         UserError: the source, student or target teacher cannot be used, or the pictures cannot.
     """
-    if settings.prompt or settings.class_prompt or settings.guidance != 1 or settings.lora_rank:
+    if settings.prompt or settings.class_prompt or settings.prompts or settings.guidance != 1 or settings.lora_rank:
         raise SettingsError(
-            f"'{settings.source}' is no text-to-image model: leave out prompt, class_prompt, guidance and lora_rank."
+            f"'{settings.source}' is no text-to-image model: leave out prompt, class_prompt, prompts, guidance and lora_rank."
         )
     source = load_model(settings.source)
     student_init = None if settings.student_init == "source" else load_model(settings.student_init)

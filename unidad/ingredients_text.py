@@ -5,6 +5,7 @@ The VAE and the text encoder are read, used and let go of; the VAE comes back fo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ from unidad.device import pick_device
 from unidad.errors import SettingsError
 from unidad.export_text import save_lora, save_text_student
 from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_steps
+from unidad.prompts import in_contexts, read_templates
 from unidad.report import write_report
 from unidad.run import RunFolder
 from unidad.sample import draw
@@ -50,13 +52,19 @@ class TextIngredients(Ingredients):
     Attributes:
         latents, mirrored: [N, c, s, s], of the target pictures and of their mirror images.
         lora_rank: of the adapters; 0 trains whole networks.
-        told: tables of prompts, [2, L, D]: the prompt and the empty one; for "source_teacher" the class prompt and the empty one.
+        told: tables of prompts, [P + 1, L, D]: the prompt, alone and in contexts, and the empty one; for "source_teacher" the same of
+            the class prompt.
     """
 
     latents: Tensor
     mirrored: Tensor
     lora_rank: int
     told: dict[str, Tensor]
+
+    @property
+    def contexts(self) -> int:
+        """How many prompts student samples are drawn under."""
+        return len(self.told["student"]) - 1
 
     @property
     def folder(self) -> Path:
@@ -67,7 +75,8 @@ class TextIngredients(Ingredients):
     def hashes(self) -> dict[str, str]:
         """sha256 of all that the run depends on."""
         assert isinstance(self.source, TextModel)
-        return super().hashes() | {"vae": self.source.parts[0], "text_encoder": self.source.parts[1]}
+        told = hashlib.sha256(self.told["student"].numpy().tobytes()).hexdigest()
+        return super().hashes() | {"vae": self.source.parts[0], "text_encoder": self.source.parts[1], "prompts": told}
 
     def label(self, settings: TrainSettings) -> int | None:
         """The first row of each role's table."""
@@ -134,8 +143,9 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
             refuse_other_shape(source, model)
     steps = student_steps(settings, source.backbone.schedule)
     pictures = load_folder(bundled_path(str(target), "targets"), picture_side(source))
-    prompt, general, empty = encode_prompts(source.folder, [settings.prompt, settings.class_prompt, ""])
-    told = {"student": torch.stack([prompt, empty]), "source_teacher": torch.stack([general, empty])}
+    templates = read_templates(settings.prompts) if settings.prompts else []
+    tables = {"student": settings.prompt, "source_teacher": settings.class_prompt}
+    told = {role: encode_prompts(source.folder, [text, *in_contexts(templates, text), ""]) for role, text in tables.items()}
     vae = load_vae(source.folder).to(pick_device(settings.device))
     signed = to_signed(pictures.pixels).to(vae.device)
     latents = encode_pictures(vae, signed).cpu()
