@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from unidad import checkpoint
 from unidad.adapt import build_method, train
 from unidad.backbones import load_text
+from unidad.captions import read_captions
 from unidad.commands import draw_from, export_run, load_product, sample_to_folder
 from unidad.config import TrainSettings, build_settings
 from unidad.data import to_signed
-from unidad.errors import ModelError, SettingsError
+from unidad.errors import DataError, ModelError, SettingsError
 from unidad.export_text import save_text_student
 from unidad.info import describe_path
-from unidad.ingredients_text import gather_text
+from unidad.ingredients_text import declared_wrongly, gather_text
+from unidad.noise import from_x0
 from unidad.presets import PRESETS
 from unidad.prompts import bundled_templates, in_contexts, read_templates
 from unidad.rollout import rollout, seeded_noise
@@ -181,6 +183,24 @@ def test_other_models_and_other_sources_are_refused(folder: Path, picture_folder
         train(picture_folder, tmp_path / "x", settings(source))
 
 
+@pytest.mark.parametrize("declared", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("truth", ["epsilon", "v_prediction", "neither"])
+def test_a_wrong_prediction_type_is_noted(declared: str, truth: str):
+    """A network that gives what `truth` says, with some error, for latents it has learnt by heart."""
+    net = sd.backbone(kind=declared)
+    latents = torch.randn(1, *net.shape, generator=torch.Generator().manual_seed(1))
+    error = 0.3 * torch.randn(1, *net.shape, generator=torch.Generator().manual_seed(2))
+
+    def forward(x_t: torch.Tensor, t: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        exact = error if truth == "neither" else from_x0(latents, x_t, *net.schedule.alpha_sigma(t), truth)
+        return (exact + error,)
+
+    net.unet.forward = forward
+    notes = declared_wrongly(net, latents, net.prompts)
+    assert len(notes) == (truth not in ("neither", declared))
+    assert all(f"predicts {declared}, but its output looks like {truth}" in note for note in notes)
+
+
 def test_a_rare_token_in_pieces_is_noted(folder: Path, picture_folder: Path):
     parts = gather_text(settings(folder, prompt="a sks cat"), picture_folder)
     assert any("'sks' only in pieces (s, k, s)" in note for note in parts.pictures.notes)
@@ -236,6 +256,64 @@ def test_bundled_templates_and_bad_ones(folder: Path, tmp_path: Path):
             read_templates(str(tmp_path / name))
     with pytest.raises(SettingsError, match="Did you mean 'object'"):
         read_templates("objects")
+
+
+# -- captions of the photos -------------------------------------------------------------------------------------------
+
+
+def photos(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for name in ("00.png", "01.png", "02.png"):
+        (to / name).symlink_to(folder / name)
+    return to
+
+
+def test_each_photo_is_learnt_under_its_own_caption(folder: Path, picture_folder: Path, tmp_path: Path):
+    place = photos(picture_folder, tmp_path / "photos")
+    for name, text in (("00", "a prt cat on the dog"), ("01", "a prt cat"), ("02", "the prt cat\n")):
+        (place / f"{name}.txt").write_text(text)
+    s = settings(folder, batch_size=3)
+    parts = gather_text(s, place)
+    assert parts.captions.tolist() == [1, 0, 2]
+    assert parts.contexts == 1
+    expected = ["a prt cat", "a prt cat on the dog", "the prt cat", ""]
+    assert torch.allclose(parts.told["student"], load_text.encode_prompts(folder, expected))
+
+    method = build_method(s, parts, CPU, torch.Generator().manual_seed(0))
+    pictures, labels = parts.stream(s, CPU).batch(3)
+    assert labels is not None
+    for picture, label in zip(pictures, labels, strict=True):
+        assert torch.equal(picture, parts.latents[parts.captions.tolist().index(int(label))])
+    seen: dict[str, list[list[int]]] = {"fake_teacher": [], "target_teacher": []}
+    for name, calls in seen.items():
+        net = method.networks[name]
+        net._condition = lambda rows, calls=calls, asked=net._condition: calls.append(rows.tolist()) or asked(rows)
+    by_name = {phase.name: phase for phase in method.phases}
+    by_name["fake_teacher"].loss(pictures, labels)
+    by_name["target_teacher"].loss(pictures, labels)
+    assert seen == {"fake_teacher": [[0, 0, 0], labels.tolist()], "target_teacher": [labels.tolist()]}
+
+
+def test_captions_from_metadata_and_bad_ones(picture_folder: Path, tmp_path: Path):
+    place, names = photos(picture_folder, tmp_path / "photos"), ["00.png", "01.png"]
+    assert read_captions(place, names) is None
+    lines = [{"file_name": "01.png", "text": "one"}, {"file_name": "00.png", "text": " two  words "}]
+    (place / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert read_captions(place, names) == ["two words", "one"]
+    with pytest.raises(DataError, match=r"no caption, though others have: 02\.png"):
+        read_captions(place, [*names, "02.png"])
+    for row, words in (
+        ('{"file_name": "../00.png", "text": "x"}', "in this very folder"),
+        ('{"file_name": "..\\\\00.png", "text": "x"}', "in this very folder"),
+        ('{"file_name": "00.png", "text": 3}', "Line 1"),
+        ('{"file_name": "00.png"}', "must look like"),
+        ("nonsense", "must look like"),
+        ('{"file_name": "00.png", "text": "x"}\n{"file_name": "00.png", "text": "y"}', "second caption"),
+        ('{"file_name": "00.png", "text": ""}', "no caption"),
+    ):
+        (place / "metadata.jsonl").write_text(row)
+        with pytest.raises(DataError, match=words):
+            read_captions(place, names)
 
 
 # -- the product ------------------------------------------------------------------------------------------------------

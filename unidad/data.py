@@ -193,6 +193,8 @@ class PictureStream:
         device: where batches (and the pictures) live.
     """
 
+    labels: Tensor | None = None
+
     def __init__(self, pixels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"):
         self.pixels = pixels.to(device)
         self.hflip, self.seed, self.drawn = hflip, seed, 0
@@ -207,6 +209,10 @@ class PictureStream:
 
     def next(self, n: int) -> Tensor:
         """The next n pictures, [n, 3, S, S] float32 in [-1, 1]."""
+        return self.batch(n)[0]
+
+    def batch(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """The next n pictures and their labels, [n] int64, where each has one of its own."""
         index, flip = [], []
         for i in range(self.drawn, self.drawn + n):
             round_, place = divmod(i, len(self.pixels))
@@ -216,7 +222,8 @@ class PictureStream:
         self.drawn += n
         device = self.pixels.device
         mirrored = torch.tensor(flip, dtype=torch.bool, device=device).view(-1, 1, 1, 1)
-        return self._take(torch.tensor(index, dtype=torch.long, device=device), mirrored)
+        places = torch.tensor(index, dtype=torch.long, device=device)
+        return self._take(places, mirrored), None if self.labels is None else self.labels[places]
 
     def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
         x = to_signed(self.pixels[index])
@@ -224,10 +231,17 @@ class PictureStream:
 
 
 class LatentStream(PictureStream):
-    """The same over latents, [N, c, s, s] float32, and over those of the mirrored pictures: a mirrored latent is not the latter."""
+    """The same over latents, [N, c, s, s] float32, and over those of the mirrored pictures: a mirrored latent is not the latter.
 
-    def __init__(self, latents: Tensor, mirrored: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"):
+    Args:
+        labels: [N] int64, the row of each picture's caption.
+    """
+
+    def __init__(
+        self, latents: Tensor, mirrored: Tensor, labels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"
+    ):
         super().__init__(latents, hflip=hflip, seed=seed, device=device)
+        self.labels = labels.to(device)
         self._mirrored = mirrored.to(device)
 
     def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:

@@ -29,12 +29,14 @@ from unidad.backbones.load_text import (
 )
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
+from unidad.captions import read_captions
 from unidad.config import TrainSettings
 from unidad.data import LatentStream, PictureStream, load_folder, to_signed
 from unidad.device import pick_device
 from unidad.errors import SettingsError
 from unidad.export_text import save_lora, save_text_student
 from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_steps
+from unidad.noise import from_x0
 from unidad.prompts import in_contexts, read_templates
 from unidad.report import write_report
 from unidad.run import RunFolder
@@ -51,20 +53,22 @@ class TextIngredients(Ingredients):
 
     Attributes:
         latents, mirrored: [N, c, s, s], of the target pictures and of their mirror images.
+        captions: [N] int64, the row of each picture's caption in the table of "student".
         lora_rank: of the adapters; 0 trains whole networks.
         told: tables of prompts, [P + 1, L, D]: the prompt, alone and in contexts, and the empty one; for "source_teacher" the same of
-            the class prompt.
+            the class prompt. The pictures' captions stand after the contexts, where the source teacher has none.
     """
 
     latents: Tensor
     mirrored: Tensor
+    captions: Tensor
     lora_rank: int
     told: dict[str, Tensor]
 
     @property
     def contexts(self) -> int:
         """How many prompts student samples are drawn under."""
-        return len(self.told["student"]) - 1
+        return len(self.told["source_teacher"]) - 1
 
     @property
     def folder(self) -> Path:
@@ -75,7 +79,7 @@ class TextIngredients(Ingredients):
     def hashes(self) -> dict[str, str]:
         """sha256 of all that the run depends on."""
         assert isinstance(self.source, TextModel)
-        told = hashlib.sha256(self.told["student"].numpy().tobytes()).hexdigest()
+        told = hashlib.sha256(self.told["student"].numpy().tobytes() + self.captions.numpy().tobytes()).hexdigest()
         return super().hashes() | {"vae": self.source.parts[0], "text_encoder": self.source.parts[1], "prompts": told}
 
     def label(self, settings: TrainSettings) -> int | None:
@@ -101,7 +105,7 @@ class TextIngredients(Ingredients):
 
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The pictures' latents, for ever."""
-        return LatentStream(self.latents, self.mirrored, hflip=settings.hflip, seed=settings.seed, device=device)
+        return LatentStream(self.latents, self.mirrored, self.captions, hflip=settings.hflip, seed=settings.seed, device=device)
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""
@@ -142,16 +146,25 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
         if model is not None:
             refuse_other_shape(source, model)
     steps = student_steps(settings, source.backbone.schedule)
-    pictures = load_folder(bundled_path(str(target), "targets"), picture_side(source))
-    templates = read_templates(settings.prompts) if settings.prompts else []
-    tables = {"student": settings.prompt, "source_teacher": settings.class_prompt}
-    told = {role: encode_prompts(source.folder, [text, *in_contexts(templates, text), ""]) for role, text in tables.items()}
+    place = bundled_path(str(target), "targets")
+    pictures = load_folder(place, picture_side(source))
+    told, captions = _tell(settings, source.folder, read_captions(place, pictures.names) or [settings.prompt] * len(pictures))
     vae = load_vae(source.folder).to(pick_device(settings.device))
     signed = to_signed(pictures.pixels).to(vae.device)
     latents = encode_pictures(vae, signed).cpu()
     mirrored = encode_pictures(vae, signed.flip(-1)).cpu() if settings.hflip else latents
-    pictures = replace(pictures, notes=[*pictures.notes, *_notes(source.folder, settings)])
-    return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, settings.lora_rank, told)
+    notes = [*_notes(source.folder, settings), *declared_wrongly(source.backbone, latents[:1], told["student"])]
+    pictures = replace(pictures, notes=[*pictures.notes, *notes])
+    return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, captions, settings.lora_rank, told)
+
+
+def _tell(settings: TrainSettings, folder: Path, captions: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """The tables of prompts, and the row of each picture's caption."""
+    templates = read_templates(settings.prompts) if settings.prompts else []
+    ours, general = ([text, *in_contexts(templates, text)] for text in (settings.prompt, settings.class_prompt))
+    ours += [caption for caption in dict.fromkeys(captions) if caption not in ours]
+    told = {role: encode_prompts(folder, [*texts, ""]) for role, texts in (("student", ours), ("source_teacher", general))}
+    return told, torch.tensor([ours.index(caption) for caption in captions])
 
 
 def _check(settings: TrainSettings) -> None:
@@ -177,4 +190,34 @@ def _notes(folder: Path, settings: TrainSettings) -> list[str]:
     return [
         f"The tokenizer knows '{word}' only in pieces ({', '.join(pieces)}), each with a meaning of its own; another rare word may be better."
         for word, pieces in split_tokens(folder, settings.prompt, settings.class_prompt).items()
+    ]
+
+
+@torch.no_grad()
+def declared_wrongly(backbone: Backbone, latents: Tensor, prompts: Tensor) -> list[str]:
+    """A note where a network's output looks like v though its scheduler says epsilon, or the other way round.
+
+    Clean latents [B, c, s, s] are noised half way, where epsilon and v point most apart, and the output is compared with the direction of
+    each; a network that follows neither gives no note.
+    """
+    assert isinstance(backbone, UNet2DCondBackbone)
+    schedule, kind = backbone.schedule, backbone.prediction_type
+    other = {"epsilon": "v_prediction", "v_prediction": "epsilon"}.get(kind)
+    if other is None:
+        return []
+    half = int((schedule.alphas_cumprod - 0.5).abs().argmin())
+    t = torch.full((len(latents),), half)
+    alpha, sigma = schedule.alpha_sigma(t)
+    eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    x_t = alpha * latents + sigma * eps
+    output = backbone.unet(x_t, t, encoder_hidden_states=prompts[:1].expand(len(latents), -1, -1), return_dict=False)[0]
+    likeness = {
+        name: float(torch.cosine_similarity(output.flatten(), from_x0(latents, x_t, alpha, sigma, name).flatten(), dim=0))
+        for name in (kind, other)
+    }
+    if likeness[other] < 0.6 or likeness[other] < likeness[kind] + 0.1:
+        return []
+    return [
+        f"The source says that it predicts {kind}, but its output looks like {other} (likeness {likeness[other]:.2f} against "
+        f"{likeness[kind]:.2f}). If samples are grey or noisy, correct prediction_type in its scheduler/scheduler_config.json."
     ]

@@ -166,9 +166,9 @@ class Trainer:
         n = self.settings.accumulation
         with only_training(self.method.networks, phase.trains), self._no_leftovers(phase):
             for _ in range(n):
-                pictures = self.stream.next(self.settings.batch_size if phase.needs_data else 0)
+                pictures, labels = self.stream.batch(self.settings.batch_size if phase.needs_data else 0)
                 with self._autocast:
-                    losses = phase.loss(pictures)
+                    losses = phase.loss(pictures, labels)
                 for name, value in losses.items():
                     if not torch.isfinite(value):
                         raise NonFiniteError(

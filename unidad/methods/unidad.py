@@ -214,7 +214,7 @@ class UniDAD(Method):
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
-    def student_loss(self, pictures: Tensor) -> Losses:
+    def student_loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
         """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN.
 
         The pictures [B, C, H, W] are those that an anchor of that kind is computed on.
@@ -231,13 +231,13 @@ class UniDAD(Method):
             losses["gan"] = gan_generator_loss(self._judge(x, context), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
-            losses["anchor"] = self.anchor(pictures)
+            losses["anchor"] = self.anchor(pictures, labels)
             total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
             self._fresh.append((x.detach(), context))
         return losses | {"total": total}
 
-    def anchor(self, pictures: Tensor) -> Tensor:
+    def anchor(self, pictures: Tensor, labels: Tensor | None = None) -> Tensor:
         """L_denoise of the student itself.
 
         With "pictures": on real pictures [B, C, H, W], noised to tau_K. With "teacher": from where the teacher's DDIM stands at each
@@ -245,11 +245,14 @@ class UniDAD(Method):
         """
         if self.o.anchor == "teacher":
             x_t, t, clean = self._from_pool(self.o.anchor_batch or self.batch_size)
+            labels = None  # the teacher drew them under the run's own
             alpha, sigma = self.student.schedule.alpha_sigma(t, x_t.ndim)
         else:
             clean, t = pictures, torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
             x_t, alpha, sigma = self._noised(clean, t)
-        return denoising_loss(clean, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
+        return denoising_loss(
+            clean, self.student.x0(x_t, t, self._labels(len(t)) if labels is None else labels), alpha, sigma, self.o.denoising
+        )
 
     def _from_pool(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         pool, draw = self._fresh_pool(), partial(torch.randint, generator=self.generator, device=self.generator.device)
@@ -307,8 +310,11 @@ class UniDAD(Method):
 
     # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
 
-    def fake_teacher_loss(self, pictures: Tensor) -> Losses:
-        """On student samples without a graph into the student: fresh ones, or the student's own batch for the first."""
+    def fake_teacher_loss(self, pictures: Tensor, captions: Tensor | None = None) -> Losses:
+        """On student samples without a graph into the student: fresh ones, or the student's own batch for the first.
+
+        `captions` are the labels of the pictures, where these have their own.
+        """
         x, context = self._samples_for_fake_teacher()
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
         x_t, alpha, sigma = self._noised(x, t)
@@ -325,7 +331,7 @@ class UniDAD(Method):
             xhat = self.fake_teacher.x0(x_t, t, labels)
             fake_logits = self._judge(x, labels) if self._augmentations else self._logits(x_t, t, labels)
         fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
-        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits)
+        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits, captions)
         return {"fake": fake, "disc": disc, "disc_accuracy": accuracy, "total": fake + self.o.disc_weight * disc}
 
     @torch.no_grad()
@@ -336,8 +342,10 @@ class UniDAD(Method):
         stop = self._random_stop() if self.o.rollout_grad == "random" else None
         return self.generate(stop_after=stop, labels=context), context
 
-    def _discriminator_loss(self, pictures: Tensor, x: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-        real_logits = self._judge(pictures)
+    def _discriminator_loss(
+        self, pictures: Tensor, x: Tensor, fake_logits: Tensor, captions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        real_logits = self._judge(pictures, captions)
         loss = gan_discriminator_loss(real_logits, fake_logits, self.o.gan_loss, self.o.gan_aggregation)
         if self.o.gan_loss == "wgan-gp":
             loss = loss + self.o.gradient_penalty_weight * self._penalty(pictures, x)
@@ -356,8 +364,9 @@ class UniDAD(Method):
 
     # -- the target teacher: L_trg (METHOD §6) ------------------------------------------------------------------------
 
-    def target_teacher_loss(self, pictures: Tensor) -> Losses:
-        """L_denoise on the target pictures, [B, C, H, W]."""
+    def target_teacher_loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
+        """L_denoise on the target pictures, [B, C, H, W], under their own labels where they have them."""
         assert self.target_teacher is not None
-        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, self.label)
+        label = self.label if labels is None else labels
+        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label)
         return {"target": loss, "total": loss}
