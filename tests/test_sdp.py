@@ -430,7 +430,9 @@ def lora_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora_run(lora_source: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     s = settings(lora_source, lora_rank=2, lr=1e-2)
-    return train(picture_folder, tmp_path_factory.mktemp("runs") / "lora", s)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+        return train(picture_folder, tmp_path_factory.mktemp("runs") / "lora", s)
 
 
 def test_lora_roles_share_one_base_and_learn_apart(lora_source: Path, picture_folder: Path):
@@ -460,20 +462,22 @@ def test_a_lora_run_s_checkpoint_holds_adapters_only_and_resumes_to_the_same_bit
         assert any(value.abs().sum() > 0 for key, value in whole[f"network.{name}"].items() if key.endswith("1.weight"))
 
 
-def test_the_lora_file_on_the_source_draws_what_the_merged_student_draws(lora_run: RunFolder, lora_source: Path, tmp_path: Path):
+def test_the_lora_file_on_the_source_draws_what_the_merged_student_draws(lora_run: RunFolder, lora_source: Path):
     from diffusers import LCMScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(lora_source, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe, student = (
+        StableDiffusionPipeline.from_pretrained(path, use_safetensors=True) for path in (lora_source, lora_run.student)
+    )
 
-    def picture() -> torch.Tensor:
+    def picture(pipe: StableDiffusionPipeline) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
         call = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
         return torch.from_numpy(pipe("a prt cat", generator=torch.Generator().manual_seed(5), **call).images).permute(0, 3, 1, 2)
 
     pipe.scheduler = LCMScheduler.from_pretrained(lora_run.path / "lora", subfolder="scheduler")
-    bare = picture()
+    bare = picture(pipe)
     pipe.load_lora_weights(lora_run.path / "lora")
-    with_lora = picture()
+    with_lora = picture(pipe)
     merged = floats(load_text.load_text_model(lora_run.student), ["a prt cat"], [999])[0, :1]
     ((stock, _),) = (
         x[0].chunk(2) for x in as_stranger(lora_run.student, tmp_path / "x", [(["a prt cat"], {"num_inference_steps": 1})])
