@@ -55,8 +55,8 @@ def record(trainer: Trainer, stop_in_update: int | None = None, poison: tuple[st
     seen: list[tuple] = []
 
     def wrap(phase: Phase) -> Phase:
-        def loss(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-            losses = phase.loss(pictures)
+        def loss(pictures: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+            losses = phase.loss(pictures, labels)
             seen.append((phase.name, {k: v.item() for k, v in losses.items()}))
             if len(seen) == stop_in_update:
                 trainer._stop = signal.SIGTERM
@@ -270,7 +270,7 @@ class Brightness(Method):
         self.networks = {"number": self.number}
         self.phases = [Phase("number", ("number",), 1, self.loss)]
 
-    def loss(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(self, pictures: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"total": ((pictures.mean(dim=(1, 2, 3)) - self.number.weight) ** 2).mean()}
 
 
@@ -399,8 +399,8 @@ def test_a_gradient_that_is_not_finite(tmp_path, picture_folder):
     trainer = make(tmp_path, picture_folder)
     method, phase = trainer.method, tiny.phase(trainer.method, "fake_teacher")
 
-    def loss(pictures):
-        losses = phase.loss(pictures)
+    def loss(pictures, labels):
+        losses = phase.loss(pictures, labels)
         losses["total"] = losses["total"] + (method.heads.heads[0].weight * 0).abs().sqrt().sum()  # value 0, slope nan
         return losses
 
@@ -416,7 +416,7 @@ def test_a_bad_micro_batch_leaves_no_gradient_of_the_good_one(tmp_path, picture_
     method, calls = Brightness(), []
     trainer = make(tmp_path, picture_folder, method, accumulation=2)
 
-    def loss(pictures):
+    def loss(pictures, labels):
         calls.append(1)
         return {"total": method.loss(pictures)["total"] * (math.nan if len(calls) == 2 else 1.0)}
 

@@ -4,10 +4,8 @@ everything a person needs in the run folder: the student (or model), sample grid
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,104 +14,36 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from unidad import checkpoint
-from unidad.backbones.load import Model, bundled_path, load_model
-from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.backbones.base import Backbone
+from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
-from unidad.data import PictureSet, PictureStream, load_folder
 from unidad.device import make_accelerator, pick_device, start_trackers, use_bf16
 from unidad.distributed import Ranks
-from unidad.errors import ModelError, SettingsError
-from unidad.export import made, save_source, save_student
+from unidad.export import made
 from unidad.heads import build_heads
+from unidad.ingredients import Ingredients, gather
+from unidad.ingredients_text import gather_text
 from unidad.log import Log
 from unidad.methods.base import Method
 from unidad.methods.finetune import Finetune
 from unidad.methods.two_stage import AdaptThenDistill
 from unidad.methods.unidad import Objective, UniDAD
-from unidad.report import write_report
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
-from unidad.sample import draw
 from unidad.train import Trainer
-
-GRID_SAMPLES = 48
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """What a run is made from, all read and checked before anything is written."""
-
-    source: Model
-    pictures: PictureSet
-    student_init: Model | None
-    adapted: Model | None
-    student_steps: list[int] | None  # None where the product is a many-step model
-
-    @property
-    def product_folder(self) -> str:
-        """Where in the run folder the product goes."""
-        return "model" if self.student_steps is None else "student"
-
-
-def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
-    """Read models and pictures and check that they fit each other.
-
-    Raises:
-        UserError: the source, student or target teacher cannot be used, or the pictures cannot.
-    """
-    source = load_model(settings.source)
-    student_init = None if settings.student_init == "source" else load_model(settings.student_init)
-    adapted = None if settings.target_teacher in ("online", "off") else load_model(settings.target_teacher)
-    for model in (student_init, adapted):
-        if model is not None:
-            _refuse_other_shape(source, model)
-    classes = source.backbone.num_classes
-    if classes is None and settings.class_label >= 0:
-        raise SettingsError(f"'class_label' is {settings.class_label}, but '{source.name}' knows no classes. Leave it at -1.")
-    if classes is not None and not 0 <= settings.class_label < classes:
-        raise SettingsError(f"'{source.name}' is class-conditional: set class_label to a number in 0..{classes - 1}.")
-    try:
-        steps = None if settings.method == "finetune" else source.backbone.schedule.student_steps(settings.steps, settings.grid)
-    except ValueError as error:
-        raise SettingsError(f"'steps' and 'grid': {error}.") from None
-    pictures = load_folder(bundled_path(str(target), "targets"), source.backbone.shape[-1])
-    return Ingredients(source, pictures, student_init, adapted, steps)
-
-
-def _refuse_other_shape(source: Model, other: Model) -> None:
-    ours, theirs = source.backbone.state_dict(), other.backbone.state_dict()
-    differs = [k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape]
-    if differs:
-        raise ModelError(
-            f"'{other.name}' is of another architecture than '{source.name}' ({len(differs)} weights differ, such as {sorted(differs)[0]})."
-        )
-    if source.scheduler["prediction_type"] != other.scheduler["prediction_type"]:
-        raise ModelError(
-            f"'{other.name}' predicts {other.scheduler['prediction_type']}, '{source.name}' {source.scheduler['prediction_type']}."
-        )
-    ours_bar, theirs_bar = source.backbone.schedule.alphas_cumprod, other.backbone.schedule.alphas_cumprod
-    if ours_bar.shape != theirs_bar.shape or not torch.allclose(ours_bar, theirs_bar):
-        raise ModelError(f"'{other.name}' has another noise schedule than '{source.name}'.")
 
 
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
-
-    def network(model: Model | None) -> UNet2DBackbone:
-        backbone = copy.deepcopy((model or parts.source).backbone).to(device)
-        assert isinstance(backbone, UNet2DBackbone)
-        return backbone.requires_grad_(False)
-
-    values = as_dict(settings)
-    label = None if settings.class_label < 0 else settings.class_label
+    network, values, label = parts.networks(device), as_dict(settings), parts.label(settings)
     if settings.method in ("finetune", "distill-then-adapt"):
-        start = network(parts.student_init if parts.student_steps else None)
+        start = network("student", parts.student_init if parts.student_steps else None)
         return Finetune(start, generator, settings.denoising, label, parts.student_steps)
     objective = Objective(**{name: values[name] for name in Objective.__dataclass_fields__ if name in values})
-    fake = network(None)
+    fake = network("fake_teacher")
     assert parts.student_steps is not None
     heads = build_heads(settings.heads, fake.feature_channels(objective.features), settings.seed).to(device)
     common: dict[str, Any] = {
-        "student": network(parts.student_init),
+        "student": network("student", parts.student_init),
         "fake_teacher": fake,
         "heads": heads if objective.uses_gan else None,
         "objective": objective,
@@ -121,15 +51,16 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
         "batch_size": settings.batch_size,
         "generator": generator,
         "label": label,
+        "contexts": parts.contexts,
     }
     if settings.method == "adapt-then-distill":
         fresh = parts.student_init is None
         return AdaptThenDistill(
-            target_teacher=network(None), adapt_cycles=settings.target_warmup, student_from_teacher=fresh, **common
+            target_teacher=network("target_teacher"), adapt_cycles=settings.target_warmup, student_from_teacher=fresh, **common
         )
     return UniDAD(
-        source_teacher=network(None) if objective.uses_source else None,
-        target_teacher=network(parts.adapted) if objective.uses_target else None,
+        source_teacher=network("source_teacher") if objective.uses_source else None,
+        target_teacher=network("target_teacher", parts.adapted) if objective.uses_target else None,
         train_target=parts.adapted is None,
         target_warmup=settings.target_warmup,
         target_cycles=settings.target_cycles or None,
@@ -171,7 +102,7 @@ def train(
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is whole.
     """
     settings = settings or TrainSettings()
-    parts = gather(settings, target)
+    parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
     device = pick_device(settings.device)
     accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
     device = accelerator.device if accelerator.num_processes > 1 else device
@@ -187,7 +118,7 @@ def train(
         torch.manual_seed(settings.seed)
         generator = torch.Generator(device).manual_seed(settings.seed)
         method = build_method(settings, parts, device, generator)
-        stream = PictureStream(parts.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
+        stream = parts.stream(settings, device)
         log = Log(run, accelerator, console)
         sampler, rates = _sampler(parts, settings), network_rates(settings)
         trainer = Trainer(method, stream, settings, run, log, generator, accelerator, sampler, rates)
@@ -212,25 +143,20 @@ def _silent(*_: object) -> None:
 
 
 def _sampler(parts: Ingredients, settings: TrainSettings) -> Callable[[nn.Module], Tensor]:
-    label = None if settings.class_label < 0 else settings.class_label
-
     def sample(product: nn.Module) -> Tensor:
-        assert isinstance(product, UNet2DBackbone)
-        return draw(product, GRID_SAMPLES, steps=parts.student_steps, label=label)
+        assert isinstance(product, Backbone)
+        return parts.draw(product, settings)
 
     return sample
 
 
 def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, device: torch.device) -> dict[str, Any]:
     """What run.json says: enough to know, repeat and check the run."""
-    hashes = {"source": parts.source.digest, "pictures": parts.pictures.digest}
-    hashes |= {"student_init": parts.student_init.digest} if parts.student_init else {}
-    hashes |= {"target_teacher": parts.adapted.digest} if parts.adapted else {}
     return {
         "kind": "train",
         "product": parts.product_folder,
         "settings": as_dict(settings),
-        "hashes": hashes,
+        "hashes": parts.hashes(),
         "device": device.type,
         "precision": "bf16" if use_bf16(settings.precision, device) else "fp32",
         "data": {
@@ -247,7 +173,7 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
 
 def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: TrainSettings, target: str | Path) -> None:
     """Write student/, grid.png and report.html from the trained product."""
-    assert isinstance(product, UNet2DBackbone)
+    assert isinstance(product, Backbone)
     name = public_name(target)
     about = f"Draws pictures like the {len(parts.pictures)} in '{name}', made from '{public_name(settings.source)}' with unidad."
     facts: dict[str, Any] = {
@@ -258,16 +184,7 @@ def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: Tra
     }
     if settings.class_label >= 0:
         facts["class_label"] = settings.class_label
-    if parts.student_steps is None:
-        save_source(
-            product.eval(),
-            parts.source.scheduler,
-            run.path / parts.product_folder,
-            facts | {"title": "A fine-tuned diffusion model"},
-        )
-    else:
-        save_student(product.eval(), parts.source.scheduler, parts.student_steps, run.student, facts)
-    label = None if settings.class_label < 0 else settings.class_label
-    source = parts.source.backbone.to(next(product.parameters()).device)
-    assert isinstance(source, UNet2DBackbone)
-    write_report(run, parts.pictures, product, source, parts.student_steps, label)
+    if settings.prompt:
+        facts["prompt"] = settings.prompt
+    parts.save(product.eval(), run.path / parts.product_folder, facts)
+    parts.report(run, product, settings)

@@ -14,13 +14,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unidad.adapt import Ingredients, build_method, network_rates
+from unidad.adapt import build_method, network_rates
 from unidad.architectures import random_model
 from unidad.backbones.base import Backbone
 from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet, PictureStream
 from unidad.device import make_accelerator, pick_device, use_bf16
 from unidad.errors import SettingsError
+from unidad.ingredients import Ingredients
 from unidad.log import Log
 from unidad.metrics.extractors import load_extractor
 from unidad.run import RunFolder

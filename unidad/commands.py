@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from unidad import checkpoint
-from unidad.backbones.load import Model, bundled_path, load_model, student_steps
+from unidad.backbones.load import Model, bundled_path, student_steps
+from unidad.backbones.load_text import TextModel, decode_latents, encode_prompts, load_vae, open_model
+from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
 from unidad.device import pick_device
 from unidad.errors import CheckpointError, DataError, SettingsError
 from unidad.export import made, save_source, save_student
+from unidad.export_text import save_text_student
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
 
@@ -33,29 +40,40 @@ def load_product(name: str | Path) -> Model:
     """
     path = Path(name)
     if not (path / RUN_FILE).exists():
-        return load_model(name)
+        return open_model(name)
     run = RunFolder(path)
     facts = run.read()
     for finished in (run.student, run.path / "model"):
         if finished.is_dir():
-            return load_model(finished)
+            return open_model(finished)
     if facts["kind"] != "train":
         raise CheckpointError(f"'{path}' is a {facts['kind']} run that has not finished. Go on with --resume.")
     found = checkpoint.latest(run.checkpoints)
     if found is None:
         raise CheckpointError(f"'{path}' has no checkpoint yet. Go on with --resume.")
     settings = build_settings(TrainSettings, facts["settings"])
-    model = load_model(settings.source)
+    model = open_model(settings.source)
     tensors = found[1].tensors
     averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
     try:
-        model.backbone.load_state_dict(averaged or tensors[f"network.{facts.get('product', 'student')}"], strict=True)
+        weights = averaged or tensors[f"network.{facts.get('product', 'student')}"]
+        model = _with_weights(model, weights, settings.lora_rank)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint in '{path}' does not fit its source: {' '.join(str(error).split())[:200]}") from None
     steps = student_steps(facts.get("student_steps"), len(model.backbone.schedule), path / RUN_FILE)
-    return replace(
+    model = replace(
         model, name=str(name), student_steps=steps, class_label=None if settings.class_label < 0 else settings.class_label
     )
+    return replace(model, prompt=settings.prompt) if isinstance(model, TextModel) else model
+
+
+def _with_weights(model: Model, weights: dict[str, Tensor], lora_rank: int) -> Model:
+    if lora_rank and isinstance(model.backbone, UNet2DCondBackbone):
+        role = LoraRole(model.backbone, "student", lora_rank, model.backbone.prompts)
+        role.load_state_dict(weights, strict=True)
+        return replace(model, backbone=role.merged())
+    model.backbone.load_state_dict(weights, strict=True)
+    return model
 
 
 def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: int, device: str, label: int | None = None) -> Tensor:
@@ -64,10 +82,9 @@ def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: in
     Raises:
         SettingsError: if a number cannot be used.
     """
-    if n < 1 or batch_size < 1 or (steps is not None and steps < 1):
-        raise SettingsError("-n, --batch-size and --steps must be at least 1.")
-    if not 0 <= seed <= 2**31:
-        raise SettingsError(f"--seed must lie between 0 and 2147483648, not {seed}.")
+    _check_numbers(n, steps, seed, batch_size)
+    if isinstance(model, TextModel):
+        raise SettingsError(f"'{model.name}' needs prompts: draw with `unidad sample --prompt TEXT` and give that folder instead.")
     backbone = model.backbone.to(pick_device(device))
     label = model.class_label if label is None else label
     if (backbone.num_classes is None) != (label is None) or not 0 <= (label or 0) < (backbone.num_classes or 1):
@@ -77,13 +94,44 @@ def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: in
         if (steps or 0) > len(backbone.schedule):
             raise SettingsError(f"--steps must be at most {len(backbone.schedule)}.")
         return draw(backbone, n, seed, ddim_steps=steps or DEFAULT_DDIM_STEPS, batch_size=batch_size, label=label)
-    grid = model.student_steps
-    if steps is not None and steps != len(grid):
-        try:
-            grid = backbone.schedule.student_steps(steps)
-        except ValueError as error:
-            raise SettingsError(f"--steps: {error}.") from None
-    return draw(backbone, n, seed, steps=grid, batch_size=batch_size, label=label)
+    return draw(backbone, n, seed, steps=_grid(model, steps), batch_size=batch_size, label=label)
+
+
+def _check_numbers(n: int, steps: int | None, seed: int, batch_size: int) -> None:
+    if n < 1 or batch_size < 1 or (steps is not None and steps < 1):
+        raise SettingsError("-n, --batch-size and --steps must be at least 1.")
+    if not 0 <= seed <= 2**31:
+        raise SettingsError(f"--seed must lie between 0 and 2147483648, not {seed}.")
+
+
+def _grid(student: Model, steps: int | None) -> list[int]:
+    assert student.student_steps is not None
+    if steps is None or steps == len(student.student_steps):
+        return student.student_steps
+    try:
+        return student.backbone.schedule.student_steps(steps)
+    except ValueError as error:
+        raise SettingsError(f"--steps: {error}.") from None
+
+
+def draw_prompts(
+    model: TextModel, prompts: Sequence[str], n: int, steps: int | None, seed: int, batch_size: int, device: str
+) -> Tensor:
+    """For each prompt the same n seeds, [prompts, n, 3, S, S] uint8, without guidance.
+
+    Raises:
+        SettingsError: if a number cannot be used, a prompt is too long, or the model is no few-step student.
+    """
+    _check_numbers(n, steps, seed, batch_size)
+    if model.student_steps is None:
+        raise SettingsError(f"'{model.name}' is a many-step model. Draw from it with diffusers' StableDiffusionPipeline.")
+    chip, backbone = pick_device(device), model.backbone
+    assert isinstance(backbone, UNet2DCondBackbone)
+    backbone.set_prompts(encode_prompts(model.folder, [*prompts, ""]))
+    backbone, grid = backbone.to(chip), _grid(model, steps)
+    decode = partial(decode_latents, load_vae(model.folder).to(chip))
+    rows = [draw(backbone, n, seed, grid, batch_size=batch_size, label=i, decode=decode) for i in range(len(prompts))]
+    return torch.stack(rows)
 
 
 def refuse_full_folder(folder: Path) -> None:
@@ -116,20 +164,38 @@ def sample_to_folder(
     batch_size: int = 32,
     device: str = "auto",
     label: int | None = None,
+    prompts: Sequence[str] = (),
 ) -> Path:
     """Draw n pictures into a folder, named by their seed, with a grid.png; returns the grid's path.
+
+    From a text-to-image student n for each prompt (none: that it was trained with), a row of the grid each.
 
     Raises:
         UserError: as `load_product`, `draw_from` and `new_folder` do.
     """
     model = load_product(name)
     refuse_full_folder(Path(out))
+    if isinstance(model, TextModel):
+        prompts = prompts or [model.prompt]
+        return _save_prompts(draw_prompts(model, prompts, n, steps, seed, batch_size, device), prompts, seed, new_folder(out))
+    if prompts:
+        raise SettingsError(f"'{model.name}' is no text-to-image model: leave out --prompt.")
     pixels = draw_from(model, n, steps, seed, batch_size, device, label)
     folder = new_folder(out)
     for i, picture in enumerate(pixels):
         Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{seed + i:06d}.png")
     grid = folder / GRID
     picture_grid(pixels[:256], columns=min(16, max(4, round(n**0.5))), scale=max(1, 64 // pixels.shape[-1])).save(grid)
+    return grid
+
+
+def _save_prompts(pixels: Tensor, prompts: Sequence[str], seed: int, folder: Path) -> Path:
+    for row in range(len(prompts)):
+        for i, picture in enumerate(pixels[row]):
+            Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{row:02d}-{seed + i:06d}.png")
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    grid = folder / GRID
+    picture_grid(pixels.flatten(0, 1), columns=pixels.shape[1], scale=max(1, 64 // pixels.shape[-1])).save(grid)
     return grid
 
 
@@ -211,7 +277,13 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
             "target": f"{data.get('target')} ({data.get('count')} pictures)",
             "made": made(run.read()["settings"]),
         }
-    if model.student_steps is None:
+    if isinstance(model, TextModel):
+        if model.student_steps is None:
+            raise SettingsError(f"'{name}' is no few-step student; there is nothing to export.")
+        assert isinstance(model.backbone, UNet2DCondBackbone)
+        prompt = facts | {"prompt": model.prompt}
+        save_text_student(model.backbone, model.scheduler, model.student_steps, model.folder, out, prompt, half)
+    elif model.student_steps is None:
         save_source(model.backbone, model.scheduler, out, facts, half)
     else:
         save_student(model.backbone, model.scheduler, model.student_steps, out, facts, half)

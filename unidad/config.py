@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +59,13 @@ class TrainSettings(LoopSettings):
     student_init: str = "source"  # source | bundled:NAME | folder of a distilled student
     target_teacher: str = "online"  # online | off | folder of a model already adapted to the target (frozen)
     class_label: int = -1  # of a class-conditional source; -1: none
+    prompt: str = ""  # of a text-to-image source: what the pictures show, with a rare word for the subject ("a prt cat")
+    class_prompt: str = ""  # the same without the rare word ("a cat"): what the source teacher is told
+    prompts: str = ""  # of student samples besides the bare one: object | live | a file of lines such as "a {} in the snow"
+    guidance: float = 1.0  # of classifier-free guidance on both teachers of a text-to-image source; 1: none
+    lora_rank: int = 0  # of an adapter for each network on one shared base; 0: whole networks are trained
     steps: int = 3  # K
+    timesteps: tuple[int, ...] = ()  # of the student, falling, such as 999,399; empty: those of steps and grid
     grid: str = "lcm"  # lcm | edm | fine (lcm with its last step at little noise)
     rollout_grad: str = "all"  # all | last | random
     a: float = 0.25  # weight of the target teacher against the source teacher
@@ -152,6 +159,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "keep": (1, 10**6),
     "steps": (1, 64),
     "a": (0, 1),
+    "guidance": (1, 100),
+    "lora_rank": (0, 4096),
     "dmd_weight": (0, 1e6),
     "gan_weight": (0, 1e6),
     "disc_weight": (0, 1e6),
@@ -233,6 +242,9 @@ def _check_together(settings: LoopSettings) -> None:
             raise SettingsError(f"'size' must be a multiple of {side} for {len(settings.widths)} widths, not {settings.size}.")
     if not isinstance(settings, TrainSettings):
         return
+    steps = settings.timesteps
+    if any(step < 0 for step in steps) or any(a <= b for a, b in pairwise(steps)):
+        raise SettingsError(f"'timesteps' must fall and not be negative, such as 999,399, not {','.join(map(str, steps))}.")
     try:
         parse_kinds(settings.augment)
     except ValueError as error:

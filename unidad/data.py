@@ -193,6 +193,8 @@ class PictureStream:
         device: where batches (and the pictures) live.
     """
 
+    labels: Tensor | None = None
+
     def __init__(self, pixels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"):
         self.pixels = pixels.to(device)
         self.hflip, self.seed, self.drawn = hflip, seed, 0
@@ -207,6 +209,10 @@ class PictureStream:
 
     def next(self, n: int) -> Tensor:
         """The next n pictures, [n, 3, S, S] float32 in [-1, 1]."""
+        return self.batch(n)[0]
+
+    def batch(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """The next n pictures and their labels, [n] int64, where each has one of its own."""
         index, flip = [], []
         for i in range(self.drawn, self.drawn + n):
             round_, place = divmod(i, len(self.pixels))
@@ -214,6 +220,29 @@ class PictureStream:
             index.append(int(order[place]))
             flip.append(bool(flips[place]) and self.hflip)
         self.drawn += n
-        x = to_signed(self.pixels[torch.tensor(index, dtype=torch.long, device=self.pixels.device)])
-        mirrored = torch.tensor(flip, dtype=torch.bool, device=x.device).view(-1, 1, 1, 1)
+        device = self.pixels.device
+        mirrored = torch.tensor(flip, dtype=torch.bool, device=device).view(-1, 1, 1, 1)
+        places = torch.tensor(index, dtype=torch.long, device=device)
+        return self._take(places, mirrored), None if self.labels is None else self.labels[places]
+
+    def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
+        x = to_signed(self.pixels[index])
         return torch.where(mirrored, x.flip(-1), x)
+
+
+class LatentStream(PictureStream):
+    """The same over latents, [N, c, s, s] float32, and over those of the mirrored pictures: a mirrored latent is not the latter.
+
+    Args:
+        labels: [N] int64, the row of each picture's caption.
+    """
+
+    def __init__(
+        self, latents: Tensor, mirrored: Tensor, labels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"
+    ):
+        super().__init__(latents, hflip=hflip, seed=seed, device=device)
+        self.labels = labels.to(device)
+        self._mirrored = mirrored.to(device)
+
+    def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
+        return torch.where(mirrored, self._mirrored[index], self.pixels[index])

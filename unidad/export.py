@@ -18,6 +18,8 @@ from unidad.backbones.load import STUDENT_FILE
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.errors import CheckpointError
 
+PATH_KEYS = ("_name_or_path", "name_or_path")  # paths of the machine that trained it
+
 
 def lcm_scheduler(scheduler: dict[str, Any], steps: list[int]) -> LCMScheduler:
     """The stock scheduler whose steps are our rollout to the last bit.
@@ -37,8 +39,8 @@ def lcm_scheduler(scheduler: dict[str, Any], steps: list[int]) -> LCMScheduler:
     )
 
 
-def _plain_unet(backbone: UNet2DBackbone) -> UNet2DModel:
-    """A copy on the CPU, without the learned-sigma output channels that LCMScheduler cannot take."""
+def plain_unet(backbone: UNet2DBackbone) -> UNet2DModel:
+    """Its network, a copy on the CPU, without the learned-sigma output channels that LCMScheduler cannot take."""
     unet = copy.deepcopy(backbone.unet).cpu().eval().requires_grad_(False)
     channels = backbone.shape[0]
     if unet.config.out_channels != channels:
@@ -58,31 +60,37 @@ def save_student(
         facts: for the card and unidad.json: "source", "target" and whatever else is worth keeping.
         half: store float16 weights.
     """
-    unet = _plain_unet(backbone)
+    unet = plain_unet(backbone)
     sampler = lcm_scheduler(scheduler, steps)
     on_lcm_grid = steps == backbone.schedule.student_steps(len(steps), "lcm")
     stock = on_lcm_grid and backbone.num_classes is None
     pipeline = DDPMPipeline(unet, sampler) if stock else ConsistencyModelPipeline(unet, sampler)
     notes = facts | {"student_steps": steps}
-    _write(pipeline, out, notes, _student_card(steps, facts, stock), half)
+    write_pipeline(pipeline, out, notes, _student_card(steps, facts, stock), half)
 
 
 def save_source(backbone: UNet2DBackbone, scheduler: dict[str, Any], out: Path, facts: dict[str, Any], half: bool = False) -> None:
     """Write a many-step model as a DDPMPipeline folder with a DDIM scheduler; replaces `out` in one step."""
     config = {k: v for k, v in scheduler.items() if v is not None}
     sampler = DDIMScheduler.from_config(config, clip_sample=True, timestep_spacing="trailing")
-    unet = _plain_unet(backbone)
-    _write(DDPMPipeline(unet, sampler), out, facts, _source_card(facts), half)
+    unet = plain_unet(backbone)
+    write_pipeline(DDPMPipeline(unet, sampler), out, facts, _source_card(facts), half)
 
 
 def save_converted(unet: UNet2DModel, scheduler: DDPMScheduler, out: Path, facts: dict[str, Any]) -> None:
     """Write a network as it is, learned sigma too, as a DDPMPipeline folder; replaces `out` in one step."""
-    _write(DDPMPipeline(unet, scheduler), out, facts, _source_card(facts), half=False)
+    write_pipeline(DDPMPipeline(unet, scheduler), out, facts, _source_card(facts), half=False)
 
 
-def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: bool) -> None:
-    if half:
-        pipeline.unet.to(torch.float16)
+def write_pipeline(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: bool) -> None:
+    """Save a diffusers pipeline with its card and `notes` (unidad.json); replaces `out` in one step.
+
+    Raises:
+        CheckpointError: if the disk refuses; what was there before is untouched.
+    """
+    for part in pipeline.components.values():
+        if half and isinstance(part, nn.Module):
+            part.to(torch.float16)
     staged = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +98,10 @@ def _write(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: boo
         pipeline.save_pretrained(staged, safe_serialization=True)
         (staged / STUDENT_FILE).write_text(json.dumps(notes, indent=1) + "\n")
         (staged / "README.md").write_text(card, encoding="utf-8")
-        config = staged / "unet" / "config.json"
-        settings = json.loads(config.read_text())
-        settings.pop("_name_or_path", None)  # a path of the machine that trained it
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+        for config in [*staged.glob("*/config.json"), *staged.glob("*/*_config.json")]:
+            settings = json.loads(config.read_text())
+            kept = {k: v for k, v in settings.items() if k not in PATH_KEYS}
+            config.write_text(json.dumps(kept, indent=2) + "\n")
         for weights in staged.rglob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes files that only their owner may read
         old = out.with_name(f".{out.name}.old")

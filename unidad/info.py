@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
+from unidad.backbones.load_text import TextModel, open_model
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, open_picture
 from unidad.device import pick_device, use_bf16
@@ -52,7 +53,7 @@ def describe_path(name: str) -> str:
 
 
 def _model(name: str) -> str:
-    model = load_model(name)
+    model = open_model(name)
     channels, height, width = model.backbone.shape
     parameters = sum(p.numel() for p in model.backbone.parameters())
     kind = (
@@ -60,9 +61,10 @@ def _model(name: str) -> str:
         if model.student_steps
         else "a many-step diffusion model"
     )
-    classes = "" if model.backbone.num_classes is None else f", {model.backbone.num_classes} classes"
+    classes = f", {model.backbone.num_classes} classes" if model.backbone.num_classes else ""
+    what = "latents " if isinstance(model, TextModel) else "pictures"
     return (
-        f"{name}: {kind}\n  pictures   {width}x{height}, {channels} channels{classes}\n  size       {parameters / 1e6:.1f} million parameters\n"
+        f"{name}: {kind}\n  {what}   {width}x{height}, {channels} channels{classes}\n  size       {parameters / 1e6:.1f} million parameters\n"
         f"  predicts   {model.scheduler['prediction_type']}, schedule {model.scheduler['beta_schedule']}, "
         f"{len(model.backbone.schedule)} timesteps\n  sha256     {model.digest}"
     )

@@ -52,6 +52,23 @@ _FSIG: dict[str, Any] = {
     "precision": "auto",
 }
 
+# METHOD §7: the paper's subject-driven track on Stable Diffusion 1.5.
+_SDP: dict[str, Any] = {
+    "steps": 1,
+    "lr": 5e-6,
+    "warmup": 500,
+    "batch_size": 1,
+    "gan_weight": 0.001,
+    "disc_weight": 0.01,
+    "a": 0.75,
+    "guidance": 7.5,
+    "fake_updates": 10,
+    "cycles": 5000,
+    "ema": 0.0,
+    "hflip": False,
+    "precision": "auto",
+}
+
 # What the public few-shot code computes where it differs from the paper's text.
 _PUBLIC_CODE: dict[str, Any] = {
     "grid": "edm",
@@ -112,6 +129,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fsig-far": _FSIG | {"a": 0.75},
     "fsig-near-paper": _FSIG | _PUBLIC_CODE | {"a": 0.25},
     "fsig-far-paper": _FSIG | _PUBLIC_CODE | {"a": 0.75},
+    "sdp": _SDP,
 }
 
 SUMMARIES: dict[str, str] = {  # of those that `unidad train` is for; the rivals' are chosen by their command or --method
@@ -121,4 +139,5 @@ SUMMARIES: dict[str, str] = {  # of those that `unidad train` is for; the rivals
     "fsig-far": "the same for far targets (metfaces, cats)",
     "fsig-near-paper": "fsig-near as the public research code computes it (edm grid and weights)",
     "fsig-far-paper": "fsig-far likewise",
+    "sdp": "a subject from a few photos and a Stable Diffusion source (docs/sdp.md); needs a GPU",
 }

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,33 @@ CURVES = ("dmd", "gan", "anchor", "disc", "disc_accuracy", "fake", "target")
 
 
 def write_report(
-    run: RunFolder, pictures: PictureSet, product: Backbone, source: Backbone, steps: list[int] | None, label: int | None = None
+    run: RunFolder,
+    pictures: PictureSet,
+    product: Backbone,
+    source: Backbone,
+    steps: list[int] | None,
+    label: int | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    scored: int = SCORED,
+    shown: int = SHOWN,
+    batch_size: int = 32,
 ) -> Path:
     """Draw from product and source, score the product, and write grid.png and report.html; returns the page's path.
 
     Args:
         product: the student, or, where `steps` is None, a many-step model.
+        label, decode, batch_size: as for `draw`.
+        scored, shown: samples of the product that are scored, and of both that are shown.
     """
     name = "fine-tuned model" if steps is None else "student"
     began = time.perf_counter()
-    samples = draw(product, SCORED, steps=steps, ddim_steps=DDIM_STEPS, label=label)
-    product_seconds = (time.perf_counter() - began) / SCORED
+    samples = draw(product, scored, 0, steps, DDIM_STEPS, batch_size, label, decode)
+    product_seconds = (time.perf_counter() - began) / scored
     began = time.perf_counter()
-    source_samples = draw(source, SHOWN, ddim_steps=DDIM_STEPS, label=label)
-    source_seconds = (time.perf_counter() - began) / SHOWN
+    source_samples = draw(source, shown, 0, None, DDIM_STEPS, batch_size, label, decode)
+    source_seconds = (time.perf_counter() - began) / shown
     k = DDIM_STEPS if steps is None else len(steps)
-    sheet = side_by_side(pictures.pixels, source_samples, samples[:SHOWN], f"{name}, {k} step{'s' if k > 1 else ''}")
+    sheet = side_by_side(pictures.pixels, source_samples, samples[:shown], f"{name}, {k} step{'s' if k > 1 else ''}")
     with replacing(run.path / "grid.png") as part:
         sheet.save(part, format="PNG")
     scores = {
@@ -52,7 +64,7 @@ def write_report(
         f"seconds a picture, source at {DDIM_STEPS} DDIM steps": round(source_seconds, 4),
         f"{name} faster by": f"{source_seconds / product_seconds:.1f}x",
     }
-    scores |= closeness(samples, pictures.pixels[:SCORED])
+    scores |= closeness(samples, pictures.pixels[:scored])
     page = run.path / "report.html"
     with replacing(page) as part:
         part.write_text(_page(run, pictures, sheet, scores), encoding="utf-8")

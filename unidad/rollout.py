@@ -52,13 +52,14 @@ def ddim_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta 0) from `x` [B, C, H, W], which has the noise of taus[0].
 
-    Yields, for each of the falling `taus`, x there and the x0-prediction from it, clamped to [-1, 1] when `clip`; the last is the end.
+    Yields, for each of the falling `taus`, x there and the x0-prediction from it, clamped to [-1, 1] when `clip` and the model is
+    bounded; the last is the end.
     """
     for tau, following in zip(taus, [*taus[1:], None], strict=True):
         t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
         alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
         xhat = model.x0(x, t, labels)
-        xhat = xhat.clamp(-1, 1) if clip else xhat
+        xhat = xhat.clamp(-1, 1) if clip and model.bounded else xhat
         yield x, xhat
         if following is not None:
             x = model.schedule.add_noise(xhat, (x - alpha * xhat) / sigma, torch.full_like(t, following))

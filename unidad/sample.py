@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def draw(
     ddim_steps: int = 50,
     batch_size: int = 32,
     label: int | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Draw n pictures, [n, C, H, W] uint8 on the CPU. Picture i depends on seed + i alone.
 
@@ -28,13 +30,14 @@ def draw(
         backbone: in eval mode, on its device.
         steps: the student's timesteps; None draws with `ddim_steps` of DDIM instead.
         label: class of every picture, for a class-conditional network.
+        decode: what the network draws -> pictures in [-1, 1], where it draws latents.
     """
-    device = next(backbone.parameters()).device
+    device = next(chain(backbone.parameters(), backbone.buffers())).device  # a frozen role has no parameters of its own
     done = []
     for start in range(0, n, batch_size):
         seeds = range(seed + start, seed + min(start + batch_size, n))
         noise = seeded_noise(seeds, backbone.shape, device)
         labels = None if label is None else torch.full((len(seeds),), label, device=device)
         x = ddim(backbone, noise(), ddim_steps, labels) if steps is None else rollout(backbone, noise, steps, labels)
-        done.append(to_uint8(x).cpu())
+        done.append(to_uint8(x if decode is None else decode(x)).cpu())
     return torch.cat(done)

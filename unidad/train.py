@@ -192,9 +192,11 @@ class Trainer:
         """Gradients of this process's rows; what is wrong with them is returned, not raised, for the others wait to hear of it."""
         n = self.settings.accumulation
         for _ in range(n):
-            pictures = self.ranks.rows(self.stream.next(self.ranks.count * self.settings.batch_size if phase.needs_data else 0))
+            wanted = self.ranks.count * self.settings.batch_size if phase.needs_data else 0
+            pictures, labels = (self.ranks.rows(x) if x is not None else None for x in self.stream.batch(wanted))
+            assert pictures is not None
             with self._autocast, self.ranks.draws(self.generator):
-                losses = phase.loss(pictures)
+                losses = phase.loss(pictures, labels)
             for name, value in losses.items():
                 if not torch.isfinite(value):
                     return self._non_finite(f"the loss '{name}' of phase '{phase.name}' became {value.item()}")

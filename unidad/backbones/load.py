@@ -30,6 +30,12 @@ HUB_FILES = [
     "scheduler/*.json",
     "unet/*.json",
     f"unet/{WEIGHTS}",
+    "vae/*.json",
+    f"vae/{WEIGHTS}",
+    "text_encoder/*.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/*.json",
+    "tokenizer/*.txt",
 ]
 # The settings that say what a noise schedule is; a scheduler's other settings say how to sample with it.
 SCHEDULE_KEYS = (
@@ -95,29 +101,22 @@ def load_model(name: str | Path) -> Model:
     Raises:
         ModelError: missing, damaged, needing custom code, or of a kind that is not supported; says which.
     """
-    folder = _find_folder(str(name))
-    index = _read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    folder = find_folder(str(name))
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
     if index is None and not (folder / "config.json").exists():
         raise ModelError(f"'{folder}' is not a diffusion pipeline: it has no model_index.json. Give a folder saved by diffusers.")
-    _refuse_custom_code(folder, index)
+    refuse_custom_code(folder, index)
     # Older hub repositories have a pipeline's only network and scheduler at their root.
     unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler_dir = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     unet = _load_unet(unet_dir)
-    scheduler = _load_scheduler(scheduler_dir)
-    try:
-        schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise ModelError(f"The noise schedule in '{scheduler_dir}' cannot be used: {error}.") from None
-    if scheduler["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
-        raise ModelError(f"'{scheduler_dir}' names prediction type '{scheduler['prediction_type']}', which is not known here.")
+    scheduler, schedule = load_scheduler(scheduler_dir)
     backbone = UNet2DBackbone(unet, schedule, scheduler["prediction_type"]).eval()
-    notes = _read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
-    digest = hashlib.sha256((unet_dir / WEIGHTS).read_bytes()).hexdigest()
+    notes = read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
     steps, label = student_steps(notes.get("student_steps"), len(schedule), folder / STUDENT_FILE), notes.get("class_label")
     if label is not None and (type(label) is not int or not 0 <= label < (backbone.num_classes or 0)):
         raise ModelError(f"'{folder / STUDENT_FILE}' names class {label!r}, which the network does not know.")
-    return Model(backbone, scheduler, str(name), digest, steps, label)
+    return Model(backbone, scheduler, str(name), hash_file(unet_dir / WEIGHTS), steps, label)
 
 
 def student_steps(steps: Any, total: int, where: Path) -> list[int] | None:
@@ -134,7 +133,18 @@ def student_steps(steps: Any, total: int, where: Path) -> list[int] | None:
     return steps
 
 
-def _find_folder(name: str) -> Path:
+def hash_file(path: Path) -> str:
+    """sha256 of a file, as hexadecimal digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def find_folder(name: str) -> Path:
+    """Folder of a model: bundled, on disk (a run's product, where it is a run), or fetched from the hub.
+
+    Raises:
+        ModelError: if there is none.
+    """
     folder = bundled_path(name, "models")
     if folder.is_dir():
         products = [folder / part for part in ("student", "model") if (folder / part).is_dir()]
@@ -156,7 +166,12 @@ def _find_folder(name: str) -> Path:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: if it cannot be read or is no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -166,8 +181,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_custom_code(folder: Path, index: dict[str, Any] | None) -> None:
+def refuse_custom_code(folder: Path, index: dict[str, Any] | None) -> None:
+    """Raise ModelError where model_index.json names a class outside of diffusers and transformers, or there is no unet.
+
+    Stable Diffusion's safety checker lives in a module of its pipeline; it is never loaded here.
+    """
     for part, value in (index or {}).items():
+        if part == "safety_checker":
+            continue
         library = value[0] if isinstance(value, list) and value else None
         if part == "_class_name":
             foreign = isinstance(value, list)
@@ -180,17 +201,26 @@ def _refuse_custom_code(folder: Path, index: dict[str, Any] | None) -> None:
 
 
 def _load_unet(folder: Path) -> UNet2DModel:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
-        raise ModelError(f"'{folder}' holds a {kind}; this version trains UNet2DModel (pixel space) only.")
-    if not (folder / WEIGHTS).exists():
+        raise ModelError(f"'{folder}' holds a {kind}; a UNet2DModel (pixel space) is needed here.")
+    _refuse_unsupported(folder, config)
+    return load_network(UNet2DModel, folder)
+
+
+def load_network(kind: Any, folder: Path, weights: str = WEIGHTS) -> Any:
+    """A diffusers or transformers network of class `kind` in float32, with exactly the weights its configuration asks for.
+
+    Raises:
+        ModelError: if the weights are missing, pickled, damaged, or do not fit.
+    """
+    if not (folder / weights).exists():
         pickled = any(folder.glob("*.bin"))
         why = "it has pickled weights only; save it again with safe_serialization=True" if pickled else "the file is missing"
-        raise ModelError(f"'{folder / WEIGHTS}' is needed, but {why}.")
-    _refuse_unsupported(folder, config)
+        raise ModelError(f"'{folder / weights}' is needed, but {why}.")
     try:
-        unet, report = UNet2DModel.from_pretrained(
+        network, report = kind.from_pretrained(
             str(folder),
             use_safetensors=True,
             torch_dtype=torch.float32,
@@ -205,7 +235,7 @@ def _load_unet(folder: Path) -> UNet2DModel:
         if report[fault]:
             some = sorted(str(key) for key in report[fault])
             raise ModelError(f"The weights in '{folder}' do not fit: {len(some)} {fault.replace('_', ' ')}, such as {some[0]}.")
-    return unet
+    return network
 
 
 def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
@@ -225,11 +255,22 @@ def _refuse_unsupported(folder: Path, config: dict[str, Any]) -> None:
         raise ModelError(f"'{folder}' cannot be used: it has {wrong}.")
 
 
-def _load_scheduler(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "scheduler_config.json")
+def load_scheduler(folder: Path) -> tuple[dict[str, Any], NoiseSchedule]:
+    """The settings of a diffusers scheduler that say what the noise schedule is, and that schedule.
+
+    Raises:
+        ModelError: if it cannot be read or used.
+    """
+    config = read_json(folder / "scheduler_config.json")
     defaults = dict(DDPMScheduler().config)
     found = {key: config.get(key, defaults[key]) for key in SCHEDULE_KEYS}
     if found["trained_betas"] is None and found["beta_schedule"] in ("sigmoid", "laplace"):
         # Only DDPMScheduler knows these by name; as plain numbers every scheduler takes them.
         found |= {"trained_betas": DDPMScheduler.from_config(found).betas.tolist(), "beta_schedule": "linear"}
-    return found
+    try:
+        schedule = NoiseSchedule(DDPMScheduler.from_config(found).alphas_cumprod)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise ModelError(f"The noise schedule in '{folder}' cannot be used: {error}.") from None
+    if found["prediction_type"] not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(f"'{folder}' names prediction type '{found['prediction_type']}', which is not known here.")
+    return found, schedule

@@ -40,19 +40,22 @@ class UNet2DBackbone(Backbone):
         """Run plain predictions through torch.compile; passes that collect features stay eager, as their blocks are hooked."""
         self.unet.compile()
 
+    def _condition(self, labels: Tensor | None) -> dict[str, Tensor | None]:
+        return {"class_labels": labels}
+
     def _to_x0(self, raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.schedule.alpha_sigma(t, x_t.ndim)
         return to_x0(raw[:, : self.shape[0]].float(), x_t, alpha, sigma, self.prediction_type)
 
     def x0(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x0-prediction, float32; see `Backbone.x0`."""
-        return self._to_x0(self.unet(x_t, t, class_labels=labels, return_dict=False)[0], x_t, t)
+        return self._to_x0(self.unet(x_t, t, **self._condition(labels), return_dict=False)[0], x_t, t)
 
     def features(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, granularity: Granularity = "stage") -> list[Tensor]:
         """Encoder and mid-block features alone; see `Backbone.features`."""
         with self._collect(granularity, stop=True) as found:
             try:
-                self.unet.forward(x_t, t, class_labels=labels, return_dict=False)
+                self.unet.forward(x_t, t, **self._condition(labels), return_dict=False)
             except _EncoderDone:
                 return found
         raise RuntimeError("the mid block was never reached")
@@ -62,7 +65,7 @@ class UNet2DBackbone(Backbone):
     ) -> tuple[Tensor, list[Tensor]]:
         """Prediction and features from one forward; see `Backbone.x0_and_features`."""
         with self._collect(granularity, stop=False) as found:
-            raw = self.unet.forward(x_t, t, class_labels=labels, return_dict=False)[0]
+            raw = self.unet.forward(x_t, t, **self._condition(labels), return_dict=False)[0]
         return self._to_x0(raw, x_t, t), found
 
     def feature_channels(self, granularity: Granularity = "stage") -> list[int]:

@@ -26,6 +26,7 @@ def add_train(commands: Commands) -> None:
         f"""  unidad train --target my_pictures --out runs/mine
   unidad train --target bundled:bottts --preset avatars-demo --out runs/robots
   unidad train --source path/to/pipeline --target my_pictures --preset fsig-near --out runs/faces --device cuda
+  unidad train --source SD_FOLDER --target photos --prompt "a prt cat" --class-prompt "a cat" --preset sdp --out runs/cat
   unidad train --target my_pictures --out runs/mine --set a=0.5 --set student_init=source
   unidad train --target my_pictures --out runs/mine --resume
 presets:
@@ -39,6 +40,8 @@ settings: see `unidad train --list-settings`""",
         help="the paper's, or a two-stage rival (uni-dad)",
     )
     parser.add_argument("--target", metavar="FOLDER", help="folder of pictures, or bundled:toonHead|lorelei|bottts|sunglasses")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the pictures show, for a text-to-image source ('a prt cat')")
+    parser.add_argument("--class-prompt", metavar="TEXT", help="the same without the rare word ('a cat')")
     _add_job(parser)
 
 
@@ -111,7 +114,7 @@ def add_reproduce(commands: Commands) -> None:
 
 def _train(args: argparse.Namespace, console: Console) -> int:
     rival = f"-{args.method}" if args.method not in (None, "uni-dad") else ""
-    return _job(args, console, f"avatars{rival}", flags(args, ("method",)))
+    return _job(args, console, f"avatars{rival}", flags(args, ("method", "prompt", "class_prompt")))
 
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:

@@ -17,6 +17,7 @@ def add_sample(commands: Commands) -> None:
         "sample",
         "Draw pictures from a run, an exported student, or a many-step model.",
         """  unidad sample runs/mine -n 64 --out pictures
+  unidad sample runs/cat -n 4 --prompt "a prt cat on the beach" --prompt "a prt cat in the snow" --out pictures
   unidad sample bundled:avatars -n 16 --steps 50 --out source_pictures""",
         _sample,
     )
@@ -27,6 +28,13 @@ def add_sample(commands: Commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="picture i depends on seed + i alone (0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the PNG files and grid.png")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="of a text-to-image student; may be repeated, a row of the grid each",
+    )
     add_class_label(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="changes speed and memory, never the pictures (32)")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -122,7 +130,8 @@ def add_doctor(commands: Commands) -> None:
 def _sample(args: argparse.Namespace, _console: Console) -> int:
     from unidad.commands import sample_to_folder
 
-    print(sample_to_folder(args.model, args.n, args.out, args.steps, args.seed, args.batch_size, args.device, args.class_label))
+    numbers = (args.steps, args.seed, args.batch_size, args.device, args.class_label)
+    print(sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt))
     return 0
 
 

@@ -23,7 +23,8 @@ class Phase:
         name: shown in logs.
         trains: names of the networks that learn in it; no other network receives a gradient.
         repeats: updates per cycle.
-        loss: real pictures [B, C, H, W] in [-1, 1] -> named scalar terms; "total" is what is minimised.
+        loss: real pictures [B, C, H, W] in [-1, 1] and, where each has a condition of its own, their labels [B] int64, else None
+            -> named scalar terms; "total" is what is minimised.
         needs_data: False where the loss looks at no real picture; it is then given an empty batch.
         begins, ends: the first cycle it belongs to, and the first that it no longer does (None: it stays to the end).
     """
@@ -31,7 +32,7 @@ class Phase:
     name: str
     trains: tuple[str, ...]
     repeats: int
-    loss: Callable[[Tensor], Losses]
+    loss: Callable[..., Losses]
     needs_data: bool = True
     begins: int = 0
     ends: int | None = None

@@ -19,10 +19,13 @@ def denoise(
     x: Tensor,
     generator: torch.Generator,
     kind: str,
-    label: int | None = None,
+    label: int | Tensor | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> Tensor:
-    """L_denoise of METHOD §6: one x0-prediction of noised x at t ~ U{0..T-1}, or uniform over `timesteps`; x is [B, C, H, W]."""
+    """L_denoise of METHOD §6: one x0-prediction of noised x at t ~ U{0..T-1}, or uniform over `timesteps`.
+
+    x is [B, C, H, W]; `label` is one for all, or [B] int64.
+    """
     if timesteps is None:
         t = model.schedule.uniform(len(x), generator)
     else:
@@ -30,7 +33,7 @@ def denoise(
         t = torch.tensor(timesteps, device=x.device)[index]
     eps = torch.randn(x.shape, generator=generator, device=x.device)
     alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
-    labels = None if label is None else torch.full_like(t, label)
+    labels = torch.full_like(t, label) if isinstance(label, int) else label
     return denoising_loss(x, model.x0(alpha * x + sigma * eps, t, labels), alpha, sigma, kind)
 
 
@@ -59,6 +62,7 @@ class Finetune(Method):
         self._model, self._generator, self._denoising, self._label = model, generator, denoising, label
         self.phases = [Phase(self.product, (self.product,), 1, self.loss)]
 
-    def loss(self, pictures: Tensor) -> Losses:
+    def loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
         """L_denoise on real pictures [B, C, H, W]."""
-        return {"total": denoise(self._model, pictures, self._generator, self._denoising, self._label, self.student_steps)}
+        label = self._label if labels is None else labels
+        return {"total": denoise(self._model, pictures, self._generator, self._denoising, label, self.student_steps)}

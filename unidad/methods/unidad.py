@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unidad.augment import augment, parse_kinds
-from unidad.backbones.base import Backbone, Granularity
+from unidad.backbones.base import Backbone, Granularity, guided
 from unidad.distributed import shared_draws
 from unidad.losses import (
     denoising_loss,
@@ -37,6 +37,7 @@ class Objective:
 
     Attributes:
         a: weight of the target teacher against the source teacher, in [0, 1].
+        guidance: scale of classifier-free guidance on both teachers; 1 is none. Neither student nor fake teacher has any.
         dmd_weight: of L_DMD; 0 leaves the GAN alone.
         gan_weight: lambda_G. disc_weight: lambda_D.
         anchor_weight: of L_denoise of the student itself at its last timestep tau_K. Not in the paper, so 0 by default: it keeps
@@ -53,6 +54,7 @@ class Objective:
     """
 
     a: float = 0.25
+    guidance: float = 1.0
     dmd_weight: float = 1.0
     gan_weight: float = 0.01
     disc_weight: float = 0.03
@@ -105,6 +107,8 @@ class UniDAD(Method):
         target_warmup: so many first cycles train the target teacher alone.
         target_cycles: so many train it at all, after which it is frozen; None: all.
         label: class of every picture, for class-conditional networks.
+        contexts: each student sample is drawn under one of the labels 0..contexts-1 at random, and that label goes with it to every
+            network; target pictures keep `label`. 1: all under `label`.
 
     Raises:
         ValueError: if a teacher with a weight, or the heads, are missing.
@@ -128,6 +132,7 @@ class UniDAD(Method):
         target_warmup: int = 0,
         target_cycles: int | None = None,
         label: int | None = None,
+        contexts: int = 1,
     ):
         self.o = objective
         if (objective.uses_source and source_teacher is None) or (objective.uses_target and target_teacher is None):
@@ -139,11 +144,11 @@ class UniDAD(Method):
         self.source_teacher, self.target_teacher, self.heads = source_teacher, target_teacher, heads
         self.student_steps: list[int] = student_steps
         self._augmentations = parse_kinds(objective.augment)
-        self.batch_size, self.generator, self.label = batch_size, generator, label
+        self.batch_size, self.generator, self.label, self.contexts = batch_size, generator, label, contexts
         named: dict[str, nn.Module | None] = {"student": student, "source_teacher": source_teacher, "fake_teacher": fake_teacher}
         named |= {"target_teacher": target_teacher, "heads": heads}
         self.networks = {name: network for name, network in named.items() if network is not None}
-        self._fresh: list[Tensor] = []
+        self._fresh: list[tuple[Tensor, Tensor | None]] = []  # student samples and their labels
         self._pool: Tensor | None = None
         self._pool_age = 0
         learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
@@ -160,25 +165,38 @@ class UniDAD(Method):
     def carried(self) -> list[Tensor]:
         """Student samples kept for the first fake-teacher update, then the anchor's pool and its age, if there is one."""
         pool = [] if self._pool is None else [self._pool, torch.tensor(self._pool_age)]
-        return [*self._fresh, *pool]
+        fresh = [tensor for pair in self._fresh for tensor in pair if tensor is not None]
+        return [*fresh, *pool]
 
     def carried_rows(self) -> int:
-        """The student samples."""
-        return len(self._fresh)
+        """The student samples, and their labels."""
+        return sum(tensor is not None for pair in self._fresh for tensor in pair)
 
     def restore(self, carried: list[Tensor]) -> None:
         """Take them back."""
-        self._fresh, self._pool = list(carried), None
+        self._fresh, self._pool, fresh = [], None, carried
         if carried and carried[-1].ndim == 0:
             self._pool, self._pool_age = carried[-2], int(carried[-1])
-            self._fresh = list(carried[:-2])
+            fresh = carried[:-2]
+        for tensor in fresh:
+            if tensor.ndim == 1:  # labels follow their samples
+                self._fresh[-1] = (self._fresh[-1][0], tensor)
+            else:
+                self._fresh.append((tensor, None))
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def generate(self, grad: str = "all", stop_after: int | None = None) -> Tensor:
+    def generate(self, grad: str = "all", stop_after: int | None = None, labels: Tensor | None = None) -> Tensor:
         """x = G(z), a batch of student samples, [batch_size, C, H, W]; gradients as the surrounding mode and `grad` say."""
         noise = batch_noise((self.batch_size, *self.student.shape), self.generator)
-        return rollout(self.student, noise, self.student_steps, self._labels(self.batch_size), grad, stop_after)
+        labels = self._labels(self.batch_size) if labels is None else labels
+        return rollout(self.student, noise, self.student_steps, labels, grad, stop_after)
+
+    def _context(self) -> Tensor | None:
+        """Labels for a batch of student samples where there is a choice, [batch_size], else None."""
+        if self.contexts == 1:
+            return None
+        return torch.randint(0, self.contexts, (self.batch_size,), generator=self.generator, device=self.generator.device)
 
     def _labels(self, n: int) -> Tensor | None:
         return None if self.label is None else torch.full((n,), self.label, device=self.generator.device)
@@ -188,42 +206,43 @@ class UniDAD(Method):
         alpha, sigma = self.fake_teacher.schedule.alpha_sigma(t, x.ndim)
         return alpha * x + sigma * eps, alpha, sigma
 
-    def _logits(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def _logits(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         assert self.heads is not None
-        return self.heads(self.fake_teacher.features(x_t, t, self._labels(len(x_t)), self.o.features))
+        labels = self._labels(len(x_t)) if labels is None else labels
+        return self.heads(self.fake_teacher.features(x_t, t, labels, self.o.features))
 
-    def _judge(self, x: Tensor) -> Tensor:
+    def _judge(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of clean pictures, [B, heads]: augmented, noised to random t, and shown to the heads."""
         x = augment(x, self._augmentations, self.generator)
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
-        return self._logits(self._noised(x, t)[0], t)
+        return self._logits(self._noised(x, t)[0], t, labels)
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
-    def student_loss(self, pictures: Tensor) -> Losses:
+    def student_loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
         """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN.
 
         The pictures [B, C, H, W] are those that an anchor of that kind is computed on.
         """
-        x = self._student_batch()
+        x, context = self._student_batch()
         losses: Losses = {}
         total = x.new_zeros(())
         if self.o.dmd_weight > 0:
-            gradient = self.dmd_gradient(x)
+            gradient = self.dmd_gradient(x, context)
             losses["dmd"] = dmd_loss(x, gradient)
             losses["dmd_gradient"] = gradient.abs().mean().detach()
             total = total + self.o.dmd_weight * losses["dmd"]
         if self.o.gan_weight > 0:
-            losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
+            losses["gan"] = gan_generator_loss(self._judge(x, context), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
-            losses["anchor"] = self.anchor(pictures)
+            losses["anchor"] = self.anchor(pictures, labels)
             total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
-            self._fresh.append(x.detach())
+            self._fresh.append((x.detach(), context))
         return losses | {"total": total}
 
-    def anchor(self, pictures: Tensor) -> Tensor:
+    def anchor(self, pictures: Tensor, labels: Tensor | None = None) -> Tensor:
         """L_denoise of the student itself.
 
         With "pictures": on real pictures [B, C, H, W], noised to tau_K. With "teacher": from where the teacher's DDIM stands at each
@@ -231,11 +250,14 @@ class UniDAD(Method):
         """
         if self.o.anchor == "teacher":
             x_t, t, clean = self._from_pool(self.o.anchor_batch or self.batch_size)
+            labels = None  # the teacher drew them under the run's own
             alpha, sigma = self.student.schedule.alpha_sigma(t, x_t.ndim)
         else:
             clean, t = pictures, torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
             x_t, alpha, sigma = self._noised(clean, t)
-        return denoising_loss(clean, self.student.x0(x_t, t, self._labels(len(t))), alpha, sigma, self.o.denoising)
+        return denoising_loss(
+            clean, self.student.x0(x_t, t, self._labels(len(t)) if labels is None else labels), alpha, sigma, self.o.denoising
+        )
 
     def _from_pool(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         pool, draw = self._fresh_pool(), partial(torch.randint, generator=self.generator, device=self.generator.device)
@@ -267,36 +289,42 @@ class UniDAD(Method):
             count = min(32, n - start)
             with shared_draws():
                 noise = torch.randn((count, *self.student.shape), generator=self.generator, device=self.generator.device)
-            done.append(ddim_trajectory(teacher, noise, self.student_steps, per_step, self._labels(count)))
+            done.append(ddim_trajectory(guided(teacher, self.o.guidance), noise, self.student_steps, per_step, self._labels(count)))
         return torch.cat(done)
 
-    def _student_batch(self) -> Tensor:
+    def _student_batch(self) -> tuple[Tensor, Tensor | None]:
+        context = self._context()
         if self.o.rollout_grad != "random":
-            return self.generate(self.o.rollout_grad)
-        return self.generate("last", self._random_stop())
+            return self.generate(self.o.rollout_grad, labels=context), context
+        return self.generate("last", self._random_stop(), context), context
 
     def _random_stop(self) -> int:
         device = self.generator.device
         return int(torch.randint(1, len(self.student_steps) + 1, (), generator=self.generator, device=device))
 
     @torch.no_grad()
-    def dmd_gradient(self, x: Tensor) -> Tensor:
-        """g of METHOD §4 for a batch x, [B, C, H, W]; a teacher whose weight is 0 is not run."""
+    def dmd_gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """g of METHOD §4 for a batch x, [B, C, H, W], drawn under `labels`; a teacher whose weight is 0 is not run."""
         schedule = self.fake_teacher.schedule
         t = schedule.draw_timesteps(self.o.timestep_law, len(x), self.generator)
-        x_t, labels = self._noised(x.detach(), t)[0], self._labels(len(x))
-        source = self.source_teacher.x0(x_t, t, labels) if self.o.uses_source and self.source_teacher is not None else None
-        target = self.target_teacher.x0(x_t, t, labels) if self.o.uses_target and self.target_teacher is not None else None
+        x_t, labels = self._noised(x.detach(), t)[0], self._labels(len(x)) if labels is None else labels
+        source, target = (
+            guided(teacher, self.o.guidance).x0(x_t, t, labels) if used and teacher is not None else None
+            for used, teacher in ((self.o.uses_source, self.source_teacher), (self.o.uses_target, self.target_teacher))
+        )
         return dual_domain_gradient(x, self.fake_teacher.x0(x_t, t, labels), source, target, self.o.a)
 
     # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
 
-    def fake_teacher_loss(self, pictures: Tensor) -> Losses:
-        """On student samples without a graph into the student: fresh ones, or the student's own batch for the first."""
-        x = self._samples_for_fake_teacher()
+    def fake_teacher_loss(self, pictures: Tensor, captions: Tensor | None = None) -> Losses:
+        """On student samples without a graph into the student: fresh ones, or the student's own batch for the first.
+
+        `captions` are the labels of the pictures, where these have their own.
+        """
+        x, context = self._samples_for_fake_teacher()
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
         x_t, alpha, sigma = self._noised(x, t)
-        labels = self._labels(len(x))
+        labels = self._labels(len(x)) if context is None else context
         if not self.o.uses_gan:
             xhat = self.fake_teacher.x0(x_t, t, labels)
             fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
@@ -307,20 +335,23 @@ class UniDAD(Method):
             fake_logits = self.heads(features)
         else:
             xhat = self.fake_teacher.x0(x_t, t, labels)
-            fake_logits = self._judge(x) if self._augmentations else self._logits(x_t, t)
+            fake_logits = self._judge(x, labels) if self._augmentations else self._logits(x_t, t, labels)
         fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
-        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits)
+        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits, captions)
         return {"fake": fake, "disc": disc, "disc_accuracy": accuracy, "total": fake + self.o.disc_weight * disc}
 
     @torch.no_grad()
-    def _samples_for_fake_teacher(self) -> Tensor:
+    def _samples_for_fake_teacher(self) -> tuple[Tensor, Tensor | None]:
         if self._fresh:
             return self._fresh.pop(0)
+        context = self._context()
         stop = self._random_stop() if self.o.rollout_grad == "random" else None
-        return self.generate(stop_after=stop)
+        return self.generate(stop_after=stop, labels=context), context
 
-    def _discriminator_loss(self, pictures: Tensor, x: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
-        real_logits = self._judge(pictures)
+    def _discriminator_loss(
+        self, pictures: Tensor, x: Tensor, fake_logits: Tensor, captions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        real_logits = self._judge(pictures, captions)
         loss = gan_discriminator_loss(real_logits, fake_logits, self.o.gan_loss, self.o.gan_aggregation)
         if self.o.gan_loss == "wgan-gp":
             loss = loss + self.o.gradient_penalty_weight * self._penalty(pictures, x)
@@ -339,8 +370,9 @@ class UniDAD(Method):
 
     # -- the target teacher: L_trg (METHOD §6) ------------------------------------------------------------------------
 
-    def target_teacher_loss(self, pictures: Tensor) -> Losses:
-        """L_denoise on the target pictures, [B, C, H, W]."""
+    def target_teacher_loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
+        """L_denoise on the target pictures, [B, C, H, W], under their own labels where they have them."""
         assert self.target_teacher is not None
-        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, self.label)
+        label = self.label if labels is None else labels
+        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label)
         return {"target": loss, "total": loss}
