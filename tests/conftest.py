@@ -9,7 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
-from unidad import adapt
+from unidad import ingredients
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.export import save_source
 
@@ -65,5 +65,5 @@ def generator() -> torch.Generator:
 def no_report() -> Iterator[None]:
     """The report of a run takes ten seconds and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapt, "write_report", lambda *_, **__: None)
+        patch.setattr(ingredients, "write_report", lambda *_, **__: None)
         yield

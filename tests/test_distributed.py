@@ -155,11 +155,11 @@ def test_what_one_cannot_use_all_leave_out(picture_folder: Path, tmp_path: Path)
     ]
     phase, calls = trainers[1].method.phases[1], []
 
-    def loss(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss(pictures: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         calls.append(1)
         if len(calls) == 4:
             trainers[1]._ask(signal.SIGTERM)
-        losses = phase.loss(pictures)
+        losses = phase.loss(pictures, labels)
         return losses | {"total": losses["total"] * (math.nan if len(calls) == 2 else 1.0)}
 
     trainers[1].method.phases[1] = dataclasses.replace(phase, loss=loss)

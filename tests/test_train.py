@@ -430,9 +430,9 @@ def poisoned(trainer: Trainer, updates: set[int]) -> None:
     seen = []
 
     def wrap(phase: Phase) -> Phase:
-        def loss(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        def loss(pictures: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
             seen.append(phase.name)
-            losses = phase.loss(pictures)
+            losses = phase.loss(pictures, labels)
             return losses | {"total": losses["total"] * (math.nan if len(seen) in updates else 1.0)}
 
         return dataclasses.replace(phase, loss=loss)
@@ -482,9 +482,9 @@ def test_a_signal_stops_after_the_update_under_way(signum, code, tmp_path, pictu
     trainer = make(tmp_path, picture_folder)
     handler, phase = signal.getsignal(signum), trainer.method.phases[1]
 
-    def loss(pictures):
+    def loss(pictures, labels):
         os.kill(os.getpid(), signum)
-        return phase.loss(pictures)
+        return phase.loss(pictures, labels)
 
     trainer.method.phases[1] = dataclasses.replace(phase, loss=loss)
     with pytest.raises(Stopped, match=signal.Signals(signum).name) as stopped:

@@ -22,6 +22,7 @@ from unidad.backbones.load import (
     load_scheduler,
     read_json,
     refuse_custom_code,
+    student_steps,
 )
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.errors import ModelError, SettingsError
@@ -91,7 +92,8 @@ def load_text_model(name: str | Path) -> TextModel:
         parts=(hash_file(folder / "vae" / WEIGHTS), hash_file(folder / "text_encoder" / TEXT_WEIGHTS)),
     )
     notes = read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
-    return replace(model, student_steps=notes.get("student_steps"), prompt=notes.get("prompt", ""))
+    steps = student_steps(notes.get("student_steps"), len(schedule), folder / STUDENT_FILE)
+    return replace(model, student_steps=steps, prompt=notes.get("prompt", ""))
 
 
 def _load_unet(folder: Path) -> UNet2DConditionModel:
