@@ -21,7 +21,7 @@ from unidad.device import make_accelerator, pick_device, start_trackers, use_bf1
 from unidad.distributed import Ranks
 from unidad.export import made
 from unidad.heads import build_heads
-from unidad.ingredients import Ingredients, gather
+from unidad.ingredients import Ingredients, gather, recomputing
 from unidad.ingredients_text import gather_text
 from unidad.log import Log
 from unidad.methods.base import Method
@@ -35,6 +35,7 @@ from unidad.train import Trainer
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
     network, values, label = parts.networks(device), as_dict(settings), parts.label(settings)
+    network = recomputing(network) if settings.gradient_checkpointing else network
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)
         return Finetune(start, generator, settings.denoising, label, parts.student_steps)

@@ -87,6 +87,7 @@ class TrainSettings(LoopSettings):
     timestep_law: str = "uniform"  # uniform | karras | quadratic
     denoising: str = "epsilon"  # epsilon | v | edm
     shared_forward: bool = True
+    gradient_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, about a third slower
     lr_fake: float = 0.0  # of the fake teacher; 0: lr
     lr_heads: float = 0.0  # of the heads; 0: lr_fake
     lr_target: float = 0.0  # of the target teacher; 0: lr

@@ -32,6 +32,18 @@ class Networks(Protocol):
     def __call__(self, role: str, model: Model | None = None) -> Backbone: ...
 
 
+def recomputing(network: Networks) -> Networks:
+    """The same maker; its networks keep less for the backward pass and compute it again (diffusers' gradient checkpointing)."""
+
+    def checkpointed(role: str, model: Model | None = None) -> Backbone:
+        backbone = network(role, model)
+        assert isinstance(backbone, UNet2DBackbone)
+        backbone.unet.enable_gradient_checkpointing()
+        return backbone
+
+    return checkpointed
+
+
 @dataclass(frozen=True)
 class Ingredients:
     """Of a run on a pixel-space source."""
@@ -107,14 +119,23 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     for model in (student_init, adapted):
         if model is not None:
             refuse_other_shape(source, model)
+    steps = fitting_steps(settings, source)
+    pictures = load_folder(bundled_path(str(target), "targets"), source.backbone.shape[-1])
+    return Ingredients(source, pictures, student_init, adapted, steps)
+
+
+def fitting_steps(settings: TrainSettings, source: Model) -> list[int] | None:
+    """The student's timesteps on the source's schedule, or None where the product is a many-step model.
+
+    Raises:
+        SettingsError: the class label or the steps do not fit the source.
+    """
     classes = source.backbone.num_classes
     if classes is None and settings.class_label >= 0:
         raise SettingsError(f"'class_label' is {settings.class_label}, but '{source.name}' knows no classes. Leave it at -1.")
     if classes is not None and not 0 <= settings.class_label < classes:
         raise SettingsError(f"'{source.name}' is class-conditional: set class_label to a number in 0..{classes - 1}.")
-    steps = None if settings.method == "finetune" else student_steps(settings, source.backbone.schedule)
-    pictures = load_folder(bundled_path(str(target), "targets"), source.backbone.shape[-1])
-    return Ingredients(source, pictures, student_init, adapted, steps)
+    return None if settings.method == "finetune" else student_steps(settings, source.backbone.schedule)
 
 
 def student_steps(settings: TrainSettings, schedule: NoiseSchedule) -> list[int]:

@@ -91,12 +91,13 @@ def bundled_path(name: str, kind: str) -> Path:
     return ASSETS / kind / short
 
 
-def load_model(name: str | Path) -> Model:
+def load_model(name: str | Path, weights: bool = True) -> Model:
     """Open a pixel-space diffusion model.
 
     Args:
         name: `bundled:NAME`, a diffusers pipeline folder (model_index.json, unet/, scheduler/), a run's `student` folder, or a
             hub id, of which only .json and .safetensors files are fetched.
+        weights: False reads none: the network is on the meta device, to look at its shape, and the digest empty.
 
     Raises:
         ModelError: missing, damaged, needing custom code, or of a kind that is not supported; says which.
@@ -109,14 +110,15 @@ def load_model(name: str | Path) -> Model:
     # Older hub repositories have a pipeline's only network and scheduler at their root.
     unet_dir = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler_dir = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    unet = _load_unet(unet_dir)
+    unet = _load_unet(unet_dir, weights)
     scheduler, schedule = load_scheduler(scheduler_dir)
     backbone = UNet2DBackbone(unet, schedule, scheduler["prediction_type"]).eval()
     notes = read_json(folder / STUDENT_FILE) if (folder / STUDENT_FILE).exists() else {}
+    digest = hash_file(unet_dir / WEIGHTS) if weights else ""
     steps, label = student_steps(notes.get("student_steps"), len(schedule), folder / STUDENT_FILE), notes.get("class_label")
     if label is not None and (type(label) is not int or not 0 <= label < (backbone.num_classes or 0)):
         raise ModelError(f"'{folder / STUDENT_FILE}' names class {label!r}, which the network does not know.")
-    return Model(backbone, scheduler, str(name), hash_file(unet_dir / WEIGHTS), steps, label)
+    return Model(backbone, scheduler, str(name), digest, steps, label)
 
 
 def student_steps(steps: Any, total: int, where: Path) -> list[int] | None:
@@ -200,12 +202,15 @@ def refuse_custom_code(folder: Path, index: dict[str, Any] | None) -> None:
         raise ModelError(f"'{folder}' is a {index.get('_class_name', 'pipeline')} without a unet; a UNet2DModel is needed.")
 
 
-def _load_unet(folder: Path) -> UNet2DModel:
+def _load_unet(folder: Path, weights: bool) -> UNet2DModel:
     config = read_json(folder / "config.json")
     kind = config.get("_class_name")
     if kind != "UNet2DModel":
         raise ModelError(f"'{folder}' holds a {kind}; a UNet2DModel (pixel space) is needed here.")
     _refuse_unsupported(folder, config)
+    if not weights:
+        with torch.device("meta"):
+            return UNet2DModel.from_config(config)
     return load_network(UNet2DModel, folder)
 
 

@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from unidad.cli.common import Commands, add_settings, command, flags
 from unidad.errors import SettingsError, did_you_mean
+
+if TYPE_CHECKING:
+    from unidad.config import TrainSettings
 
 
 def add_train(commands: Commands) -> None:
@@ -28,6 +32,7 @@ def add_train(commands: Commands) -> None:
   unidad train --source path/to/pipeline --target my_pictures --preset fsig-near --out runs/faces --device cuda
   unidad train --source SD_FOLDER --target photos --prompt "a prt cat" --class-prompt "a cat" --preset sdp --out runs/cat
   unidad train --target my_pictures --out runs/mine --set a=0.5 --set student_init=source
+  unidad train --source path/to/pipeline --preset fsig-near --plan
   unidad train --target my_pictures --out runs/mine --resume
 presets:
 {presets}
@@ -51,6 +56,9 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, 1 to 4 (3)")
     parser.add_argument("--preset", metavar="NAME", help="named settings, below (avatars for the bundled source)")
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the memory and computation to expect, refuse what cannot fit, and stop"
+    )
     add_settings(parser)
 
 
@@ -141,12 +149,24 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
     if args.list_settings:
         print("\n".join(f"{key}: {value}" for key, value in as_dict(settings).items()))
         return 0
+    if args.plan:
+        return _plan(settings)
     if not args.target or not args.out:
         pictures = "--data" if args.run is _distill else "--target"
         raise SettingsError(f"{pictures} FOLDER and --out RUN are needed. Add --help for examples.")
     from unidad.adapt import train
 
     return _stoppable(lambda: train(args.target, args.out, settings, args.resume, console).path / "report.html", args.out)
+
+
+def _plan(settings: TrainSettings) -> int:
+    from unidad.plan import computation_text, cycle_flops, memory_text, plan, refuse_too_large
+
+    found = plan(settings)
+    print(memory_text(found, settings))
+    refuse_too_large(found, settings)
+    print(computation_text(cycle_flops(settings), settings))
+    return 0
 
 
 def _stoppable(job: Callable[[], Path], out: str) -> int:

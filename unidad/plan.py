@@ -1,0 +1,244 @@
+"""`unidad train --plan`: what a run will hold in memory and compute, before a single weight is read.
+
+The run's own phases are run on fake tensors, which have shapes and no numbers; what they keep for the backward pass is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from unidad.adapt import build_method
+from unidad.backbones.load import load_model
+from unidad.bench import matmul_rate
+from unidad.config import TrainSettings
+from unidad.data import PictureSet
+from unidad.device import pick_device, use_bf16
+from unidad.errors import SettingsError
+from unidad.ingredients import Ingredients, fitting_steps
+from unidad.methods.base import Method, Phase, only_training
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part.
+
+    Attributes:
+        weights: of each network by name, and "source as read" where the device is the CPU, which then holds it too.
+        gradients: of the phase that has most; the others' are freed by then.
+        optimizer: AdamW's two moments of every trained network.
+        average: the averaged product (EMA).
+        activations: what each phase keeps for its backward pass, one micro-batch.
+    """
+
+    weights: dict[str, int]
+    gradients: int
+    optimizer: int
+    average: int
+    activations: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the most: everything kept, and the gradients and activations of the phases that have most."""
+        kept = sum(self.weights.values()) + self.optimizer + self.average
+        return kept + self.gradients + max(self.activations.values())
+
+
+class _Alive(TorchDispatchMode):
+    """Notes every storage that is made inside; `bytes` are those of the ones still alive."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self._known = known
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for reference, size in self._made.values() if not reference.expired())
+
+
+def plan(settings: TrainSettings) -> Plan:
+    """Count a run with these settings; reads the models' configurations and no weights or pictures.
+
+    `rollout_grad=random` is counted as a rollout of all steps with the gradient of the last.
+
+    Raises:
+        UserError: as loading the models does.
+    """
+    with _fake_method(settings) as method:
+        activations = {phase.name: _activations(method, phase, settings) for phase in _all_phases(method)}
+    weights = {name: size(network) for name, network in method.networks.items()}
+    trained = {name: _trainable(method.networks[name]) for name in method.trained()}
+    if pick_device(settings.device).type == "cpu":
+        weights["source as read"] = weights[method.product]
+    return Plan(
+        weights=weights,
+        gradients=max(sum(trained[name] for name in phase.trains) for phase in method.phases),
+        optimizer=2 * sum(trained.values()),
+        average=weights[method.product] if settings.ema else 0,
+        activations=activations,
+    )
+
+
+def size(network: nn.Module) -> int:
+    """Bytes of a network's weights and buffers."""
+    return _trainable(network) + sum(b.numel() * b.element_size() for b in network.buffers())
+
+
+def _trainable(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def _method_without_weights(settings: TrainSettings) -> Method:
+    source = load_model(settings.source, weights=False)
+    steps = fitting_steps(settings, source)
+    given = settings.target_teacher not in ("online", "off")
+    nothing = PictureSet(torch.zeros(1, *source.backbone.shape, dtype=torch.uint8), ["none"], "none")
+    init = None if settings.student_init == "source" else source
+    parts = Ingredients(source, nothing, init, source if given else None, steps)
+    return build_method(settings, parts, torch.device("meta"), torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def _fake_method(settings: TrainSettings) -> Iterator[Method]:
+    """The run's method on fake tensors, which only live inside."""
+    planned = replace(settings, rollout_grad="last") if settings.rollout_grad == "random" else settings
+    method = _method_without_weights(planned)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in method.networks.values():
+            network.to_empty(device="cpu")  # fake: where the numbers would be does not change how many there are
+        yield method
+
+
+def _all_phases(method: Method) -> list[Phase]:
+    """Every phase of the run, whenever it begins."""
+    return [phase for phase in method.phases if phase.repeats]
+
+
+@contextmanager
+def _as_in_training(method: Method, phase: Phase, settings: TrainSettings) -> Iterator[Tensor]:
+    """Gradients, number format and pictures as the loop gives them to this phase."""
+    shape = method.networks[method.product].shape
+    assert isinstance(shape, tuple)
+    bf16 = use_bf16(settings.precision, pick_device(settings.device))
+    with only_training(method.networks, phase.trains), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        yield torch.zeros(settings.batch_size if phase.needs_data else 0, *shape)
+
+
+def _activations(method: Method, phase: Phase, settings: TrainSettings) -> int:
+    known = {t.untyped_storage()._cdata for n in method.networks.values() for t in [*n.parameters(), *n.buffers()]}
+    with _as_in_training(method, phase, settings) as pictures, _Alive(known) as alive:
+        losses = phase.loss(pictures)
+        kept = alive.bytes
+    del losses
+    return kept
+
+
+def cycle_flops(settings: TrainSettings) -> dict[str, int]:
+    """FLOPs of each phase in one cycle of all phases; later updates of a phase cost what its second does.
+
+    Raises:
+        UserError: as loading the models does.
+    """
+    counted = {}
+    with _fake_method(settings) as method:
+        for phase in _all_phases(method):
+            found = [_update_flops(method, phase, settings) for _ in range(min(phase.repeats, 2))]
+            counted[phase.name] = settings.accumulation * (found[0] + (phase.repeats - 1) * found[-1])
+    return counted
+
+
+def _update_flops(method: Method, phase: Phase, settings: TrainSettings) -> int:
+    with (
+        sdpa_kernel(SDPBackend.MATH),  # not every fused kernel's FLOPs are known
+        FlopCounterMode(display=False) as counter,
+        _as_in_training(method, phase, settings) as pictures,
+    ):
+        phase.loss(pictures)["total"].backward()
+    for name in phase.trains:
+        method.networks[name].zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that this device has free now, or None where it cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def memory_text(found: Plan, settings: TrainSettings) -> str:
+    """The parts for people, and what the device has free."""
+    device = pick_device(settings.device)
+    free = room(device)
+    parts: Mapping[str, int] = {
+        **{f"weights, {name}": n for name, n in found.weights.items()},
+        "gradients": found.gradients,
+        "optimizer": found.optimizer,
+        "average (EMA)": found.average,
+        **{f"activations, {name}": n for name, n in found.activations.items()},
+    }
+    lines = [f"memory on {device.type}, GB (expected)", *(f"  {name:<30}{n / GB:>9.3f}" for name, n in parts.items())]
+    lines.append(f"  {'at the most':<30}{found.total / GB:>9.3f}" + (f"  of {free / GB:.1f} free" if free is not None else ""))
+    return "\n".join(lines)
+
+
+def computation_text(flops: Mapping[str, int], settings: TrainSettings) -> str:
+    """FLOPs for people, and the time that a matrix product's rate here, measured now, allows."""
+    device = pick_device(settings.device)
+    rate = matmul_rate(device, torch.bfloat16 if use_bf16(settings.precision, device) else torch.float32)
+    seconds = sum(flops.values()) / rate
+    lines = ["computation, GFLOP a cycle", *(f"  {name:<30}{n / 1e9:>9.1f}" for name, n in flops.items())]
+    lines.append(
+        f"at least {seconds:.2f} s a cycle and {seconds * settings.cycles / 3600:.2f} h for {settings.cycles} cycles, "
+        f"at a matrix product's rate here ({rate / 1e9:.0f} GFLOP/s); `unidad bench train` says what share of it is reached"
+    )
+    return "\n".join(lines)
+
+
+def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = None) -> None:
+    """Do nothing where the run fits into `free` bytes (None: what the device has free now).
+
+    Raises:
+        SettingsError: it does not; says what lowers it.
+    """
+    free = room(pick_device(settings.device)) if free is None else free
+    if free is None or found.total <= free:
+        return
+    advice = [
+        ("gradient_checkpointing=true", not settings.gradient_checkpointing),
+        ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
+        ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),
+        ("precision=bf16", not use_bf16(settings.precision, pick_device(settings.device))),
+        ("ema=0", settings.ema > 0),
+    ]
+    lower = ", ".join(f"--set {text}" for text, helps in advice if helps) or "a smaller source, or a device with more memory"
+    raise SettingsError(
+        f"This run needs about {found.total / GB:.1f} GB and the device has {free / GB:.1f} GB free. What lowers it: {lower}."
+    )
