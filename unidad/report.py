@@ -85,7 +85,7 @@ def closeness(samples: Tensor, pictures: Tensor) -> dict[str, Any]:
     if len(pictures) > 1:
         between = torch.cdist(real, real).fill_diagonal_(float("inf")).min(dim=1).values
         scores["the same between training pictures, median"] = round(float(between.median()), 3)
-    scores["variety (Intra-LPIPS on these features)"] = round(intra_diversity(fake, real).value, 3)
+    scores["variety (intra diversity in these features)"] = round(intra_diversity(fake, real).value, 3)
     return scores
 
 
