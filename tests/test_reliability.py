@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from test_export import V
 from tiny import words
 
-from unidad import adapt, checkpoint
+from unidad import checkpoint, ingredients
 from unidad.backbones.load import WEIGHTS, load_model
 from unidad.cli import main
 from unidad.data import open_picture
@@ -390,7 +390,7 @@ def _listen(event: str, args: tuple) -> None:
 
 def test_nothing_is_sent_and_no_secret_is_written(source: Path, picture_folder: Path, tmp_path: Path, monkeypatch) -> None:
     global _listening
-    monkeypatch.setattr(adapt, "write_report", write_report)
+    monkeypatch.setattr(ingredients, "write_report", write_report)
     load_extractor()
     sys.addaudithook(_listen)
     secrets = {name: f"secret-{name.lower()}-0123456789" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
