@@ -2,6 +2,7 @@
 
     python benchmarks/avatarshift.py                                       Uni-DAD on toonHead and bottts: the README's numbers
     python benchmarks/avatarshift.py --targets toonHead my_folder --methods all --seeds 0 1 2
+    python benchmarks/avatarshift.py --short --targets toonHead lorelei bottts sunglasses --methods main     a quarter of an hour a cell
     python benchmarks/avatarshift.py --methods uni-dad ft-50 --set cycles=300
 
 A target is toonHead, lorelei, bottts or sunglasses, whose 2,000 held-out pictures scripts/avatars/draw.mjs draws once (needs node
@@ -32,6 +33,7 @@ from unidad.commands import draw_from, load_product
 from unidad.data import list_pictures, load_folder, picture_grid
 from unidad.metrics.evaluate import evaluate
 from unidad.metrics.features import EfficientNetLite0
+from unidad.presets import PRESETS
 from unidad.report import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +83,19 @@ METHODS: dict[str, Row] = {
 }
 
 
+MAIN = ("source-50", "ft-50", "ft-25", "ft-dmd2", "dmd2-ft", "uni-dad")
+
+# --short: every method as long as `make demo`, for each preset. The target teacher of Uni-DAD, that of FT-DMD2 and FT itself learn
+# alike (400 updates, 2e-4), and the two distillations have 250 updates of the student.
+_SHORT: dict[str, Any] = {"lr_target": 2e-4, "target_warmup": 400, "target_cycles": 400, "anchor_batch": 16, "cycles": 650}
+SHORT: dict[str, dict[str, Any]] = {
+    "avatars": _SHORT,
+    "avatars-adapt-then-distill": _SHORT,
+    "avatars-finetune": {"cycles": 400, "lr": 2e-4},
+    "avatars-distill-then-adapt": {"cycles": 400},
+}
+
+
 @dataclass(frozen=True)
 class Target:
     """Ten pictures to learn from and held-out ones to be judged by."""
@@ -116,12 +131,22 @@ def few(target: Target, shots: int, folder: Path) -> Path:
     return out
 
 
-def train_cell(row: Row, pictures: Path, out: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+def settings_of(row: Row, short: bool) -> dict[str, Any]:
+    """What a row changes of its preset; where no target teacher learns first, the student has as many updates all the same."""
+    usual = SHORT[row.preset] if short else {}
+    settings = usual | row.settings
+    if settings.get("target_cycles") == 0:
+        usual = PRESETS[row.preset] | usual
+        settings["cycles"] = usual["cycles"] - usual["target_cycles"]
+    return settings
+
+
+def train_cell(row: Row, pictures: Path, out: Path, seed: int, overrides: list[str], short: bool) -> dict[str, Any]:
     """Run `unidad train` in a process of its own, unless it is done; what it cost is kept beside it."""
     done = out / "cost.json"
     if done.exists():
         return json.loads(done.read_text())
-    pairs = [f"{k}={v}" for k, v in row.settings.items()] + overrides
+    pairs = [f"{k}={v}" for k, v in settings_of(row, short).items()] + overrides
     options = [word for pair in pairs for word in ("--set", pair)]
     command = [sys.executable, "-m", "unidad.cli", "train", "--target", str(pictures), "--out", str(out), "--preset", row.preset]
     process = subprocess.Popen([*command, "--seed", str(seed), "--resume", *options])
@@ -152,14 +177,14 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     kept = args.runs / target.name / f"{name}-seed{seed}-n{args.n}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set) if out else {}
+    cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set, args.short) if out else {}
     model = load_product(out or "bundled:avatars")
     samples = samples_of(model, row.nfe, args.n, None if out else args.runs / f"source-{row.nfe}-n{args.n}.safetensors")
     size = samples.shape[-1]
     reference, train = load_folder(target.heldout, size).pixels, load_folder(target.train, size).pixels
     scores = evaluate(samples, reference, train, extractor, cache_dir=args.runs / "features")
     nfe = row.nfe or len(model.student_steps or [])
-    result = {"target": target.name, "method": name, "seed": seed, "nfe": nfe, "n": args.n, "set": args.set}
+    result = {"target": target.name, "method": name, "seed": seed, "nfe": nfe, "n": args.n, "short": args.short, "set": args.set}
     result |= {key: scores[key] for key in SCORES} | cost
     kept.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(samples[:16], 16, 2).save(kept.with_suffix(".png"))
@@ -205,15 +230,17 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=["toonHead", "bottts"])
-    parser.add_argument("--methods", nargs="+", default=["source-50", "uni-dad"], choices=["all", *METHODS])
+    parser.add_argument("--methods", nargs="+", default=["source-50", "uni-dad"], choices=["all", "main", *METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every trained method")
     parser.add_argument("--n", type=int, default=1000, help="samples to score")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "bench")
+    parser.add_argument("--short", action="store_true", help="every method as long as `make demo`")
+    parser.add_argument("--runs", type=Path, help="default: runs/bench, with --short runs/bench-short")
     parser.add_argument("--heldout", type=Path, default=ROOT / "data" / "heldout")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    args.methods = list(METHODS) if "all" in args.methods else args.methods
+    args.methods = list(METHODS) if "all" in args.methods else list(MAIN) if "main" in args.methods else args.methods
+    args.runs = args.runs or ROOT / "runs" / ("bench-short" if args.short else "bench")
     return args
 
 
