@@ -203,8 +203,9 @@ class PictureStream:
     def _order(self, round_: int) -> tuple[Tensor, Tensor]:
         if self._round is None or self._round[0] != round_:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + round_) % 2**63)
-            n = len(self.pixels)
-            self._round = (round_, torch.randperm(n, generator=generator), torch.rand(n, generator=generator) < 0.5)
+            n, device = len(self.pixels), self.pixels.device
+            order, flips = torch.randperm(n, generator=generator), torch.rand(n, generator=generator) < 0.5
+            self._round = (round_, order.to(device, non_blocking=True), (flips & self.hflip).to(device, non_blocking=True))
         return self._round[1], self._round[2]
 
     def next(self, n: int) -> Tensor:
@@ -213,17 +214,18 @@ class PictureStream:
 
     def batch(self, n: int) -> tuple[Tensor, Tensor | None]:
         """The next n pictures and their labels, [n] int64, where each has one of its own."""
-        index, flip = [], []
-        for i in range(self.drawn, self.drawn + n):
-            round_, place = divmod(i, len(self.pixels))
-            order, flips = self._order(round_)
-            index.append(int(order[place]))
-            flip.append(bool(flips[place]) and self.hflip)
-        self.drawn += n
-        device = self.pixels.device
-        mirrored = torch.tensor(flip, dtype=torch.bool, device=device).view(-1, 1, 1, 1)
-        places = torch.tensor(index, dtype=torch.long, device=device)
-        return self._take(places, mirrored), None if self.labels is None else self.labels[places]
+        orders, flips, end = [], [], self.drawn + n
+        while True:
+            round_, place = divmod(self.drawn, len(self.pixels))
+            order, flip = self._order(round_)
+            there = slice(place, place + end - self.drawn)
+            orders.append(order[there])
+            flips.append(flip[there])
+            self.drawn += len(orders[-1])
+            if self.drawn == end:
+                break
+        places = torch.cat(orders)
+        return self._take(places, torch.cat(flips).view(-1, 1, 1, 1)), None if self.labels is None else self.labels[places]
 
     def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
         x = to_signed(self.pixels[index])

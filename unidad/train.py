@@ -21,6 +21,7 @@ from unidad.data import PictureStream
 from unidad.device import use_bf16
 from unidad.distributed import Ranks
 from unidad.errors import CheckpointError, NonFiniteError
+from unidad.guards import DeferredGuard
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
 from unidad.run import RunFolder
@@ -73,10 +74,11 @@ class Trainer:
         self.place = Place(updates=dict.fromkeys(method.trained(), 0))
         self.rates = {name: (rates or {}).get(name) or settings.lr for name in method.trained()}
         self.optimizers = {name: self._optimizer(name) for name in method.trained()}
-        self.ema = (
-            AveragedModel(method.networks[method.product], multi_avg_fn=_ramped_average(settings.ema)) if settings.ema else None
-        )
+        self.ema = AveragedModel(method.networks[method.product], multi_avg_fn=self._ramped_average) if settings.ema else None
         self.ranks = Ranks(accelerator)
+        # Several processes hear of each other's losses in every update anyway.
+        waits = accelerator.device.type == "cuda" and self.ranks.count == 1
+        self.guard = DeferredGuard(accelerator.device, [p.name for p in method.phases]) if waits else None
         self._asked: int | None = None  # by a signal to this process
         self._stop: int | None = None  # the same, once all processes know
         self._skips_in_a_row = 0
@@ -151,6 +153,13 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.method.networks[self.method.product])
 
+    @torch.no_grad()
+    def _ramped_average(self, averaged: Any, current: Any, _count: Any) -> None:
+        """EMA whose decay rises as (1 + n) / (10 + n) up to `ema`, so that early weights are soon forgotten."""
+        assert self.ema is not None
+        n = float(self.ema.n_averaged)  # which lies on the host; the count that is handed in has been moved to the device
+        torch._foreach_lerp_(averaged, current, 1.0 - min(self.settings.ema, (1 + n) / (10 + n)))
+
     def _restart_average(self) -> None:
         if self.ema is not None:
             self.ema.module.load_state_dict(self.method.networks[self.method.product].state_dict())
@@ -197,11 +206,12 @@ class Trainer:
             assert pictures is not None
             with self._autocast, self.ranks.draws(self.generator):
                 losses = phase.loss(pictures, labels)
-            for name, value in losses.items():
+            shown = losses if self.guard is None else self.guard.see(losses)
+            for name, value in losses.items() if self.guard is None else ():
                 if not torch.isfinite(value):
                     return self._non_finite(f"the loss '{name}' of phase '{phase.name}' became {value.item()}")
             (losses["total"] / n).backward()
-            self.log.add(phase.name, losses)
+            self.log.add(phase.name, shown)
         return None
 
     def _agree(self, phase: Phase, error: NonFiniteError | None) -> None:
@@ -225,15 +235,34 @@ class Trainer:
         for name in phase.trains:
             parameters = self.method.networks[name].parameters()
             norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-            if not torch.isfinite(norms[name]):
+            if self.guard is None and not torch.isfinite(norms[name]):
                 raise self._non_finite(f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()}")
+        shown = norms if self.guard is None else self.guard.see(norms)
         for name in phase.trains:
             optimizer = self.optimizers[name]
+            if self.guard is not None:
+                optimizer.found_inf = self.guard.flag  # type: ignore[attr-defined]  # what fused AdamW looks for
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(name)
             optimizer.step()
             self.place.updates[name] += 1
-        self.log.add(phase.name, {f"norm_{name}": norm for name, norm in norms.items()})
+        if self.guard is not None:
+            self.guard.close(phase.name)
+        self.log.add(phase.name, {f"norm_{name}": norm for name, norm in shown.items()})
+
+    def _read_guard(self) -> None:
+        """What a deferred guard has left out.
+
+        Raises:
+            NonFiniteError: if anything, or with non_finite=skip too much in a row.
+        """
+        if self.guard is None:
+            return
+        found, longest = self.guard.read()
+        self.place.skipped += sum(found.values())
+        if found and (self.settings.non_finite == "stop" or longest >= SKIPS_IN_A_ROW):
+            where = " and ".join(f"'{name}' ({n} updates)" for name, n in found.items())
+            raise self._non_finite(f"losses or gradients of phase {where} became nan or infinite since the last log line, seen")
 
     @contextmanager
     def _no_leftovers(self, phase: Phase) -> Iterator[None]:
@@ -268,6 +297,7 @@ class Trainer:
             self._sample()
 
     def _flush(self) -> None:
+        self._read_guard()
         skipped = {"skipped": self.place.skipped} if self.place.skipped else {}
         self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates), **skipped, **self._saving)
         self._saving = {}
@@ -300,6 +330,7 @@ class Trainer:
         name = _checkpoint_name(self.place)
         if name != self._saved:
             began = time.monotonic()
+            self._read_guard()
             snapshot = self.snapshot()
             self._refuse_non_finite(snapshot)
             if self.ranks.first:
@@ -357,17 +388,6 @@ class Trainer:
 def _checkpoint_name(place: Place) -> str:
     within = f"-{place.phase}-{place.repeat:010d}" if place.phase or place.repeat else ""
     return f"{place.cycle:08d}{within}"
-
-
-def _ramped_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """EMA whose decay rises as (1 + n) / (10 + n) up to `decay`, so that early weights are soon forgotten."""
-
-    @torch.no_grad()
-    def average(averaged: Any, current: Any, count: Any) -> None:
-        n = float(count)
-        torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
-
-    return average
 
 
 def _bytes(network: nn.Module) -> int:

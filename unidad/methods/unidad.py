@@ -299,8 +299,9 @@ class UniDAD(Method):
         return self.generate("last", self._random_stop(), context), context
 
     def _random_stop(self) -> int:
-        device = self.generator.device
-        return int(torch.randint(1, len(self.student_steps) + 1, (), generator=self.generator, device=device))
+        # Drawn on the host: reading it back from a device would make the loop wait for all that is queued there.
+        generator = self.generator if self.generator.device.type == "cpu" else None
+        return int(torch.randint(1, len(self.student_steps) + 1, (), generator=generator))
 
     @torch.no_grad()
     def dmd_gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
