@@ -172,3 +172,11 @@ def test_weights_with_absurd_headers_are_refused(tmp_path: Path) -> None:
 
 def _edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_weights_with_channels_innermost_are_saved_as_usual(tmp_path: Path) -> None:
+    net = tiny.backbone(1)
+    before = {k: v.clone() for k, v in net.unet.state_dict().items()}
+    save_source(net.to(memory_format=torch.channels_last), V, tmp_path / "source", {})
+    after = load_model(str(tmp_path / "source")).backbone.unet.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -623,3 +623,24 @@ def test_the_time_left_is_told_at_the_pace_of_the_last_lines(tmp_path):
             log.flush(cycle, seconds, {})
     lines = text.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["cycle 40 of 100, about 1 min left", "cycle 50 of 100, about 5 min left"]
+
+
+def test_weights_with_channels_innermost_resume_to_the_same_bits(tmp_path, picture_folder):
+    """A checkpoint holds them as usual, and loading keeps the layout of the network that takes them."""
+
+    def innermost(name: str) -> Trainer:
+        method = tiny.unidad()
+        for network in method.networks.values():
+            network.to(memory_format=torch.channels_last)
+        return make(tmp_path / name, picture_folder, method)
+
+    whole, broken = innermost("whole"), innermost("broken")
+    whole.fit()
+    broken.fit(until=1)
+    again = innermost("broken")
+    found = checkpoint.latest(tmp_path / "broken" / "checkpoints")
+    assert found is not None
+    again.restore(found[1])
+    again.fit()
+    mine, theirs = again.snapshot().tensors, whole.snapshot().tensors
+    assert all(torch.equal(t, mine[g][k]) for g, ts in theirs.items() for k, t in ts.items())

@@ -216,6 +216,22 @@ def test_shared_forward_equals_separate_calls(features, monkeypatch):
         assert torch.allclose(g, h, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("augment", ["none", "flip,translate"])
+def test_joint_batch_equals_two_calls(augment, monkeypatch):
+    """Noise and t are drawn in the same order; only the heads' batch is another."""
+    results = {}
+    for joint in (True, False):
+        method = tiny.unidad(joint_batch=joint, shared_forward=False, augment=augment, features="layer")
+        calls = count_forwards(method.fake_teacher, monkeypatch)
+        losses = run_phase(method, tiny.phase(method, "fake_teacher"))
+        results[joint] = losses, [p.grad for n in ("fake_teacher", "heads") for p in method.networks[n].parameters()]
+        assert calls == ["x0", "features"] + ["features"] * (not joint)
+    for name, value in results[True][0].items():
+        assert value.item() == pytest.approx(results[False][0][name].item(), rel=1e-6)
+    for g, h in zip(results[True][1], results[False][1], strict=True):
+        assert torch.allclose(g, h, rtol=1e-3, atol=1e-6)
+
+
 def test_fake_teacher_loss_by_hand(monkeypatch):
     """L_fk + lambda_D L_D recomputed from the generator's own numbers: x0 before noise, t before eps, fakes before reals."""
     method = tiny.unidad(disc_weight=0.3)

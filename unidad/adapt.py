@@ -17,11 +17,11 @@ from unidad import checkpoint
 from unidad.backbones.base import Backbone
 from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
-from unidad.device import make_accelerator, pick_device, start_trackers, use_bf16
+from unidad.device import make_accelerator, pick_device, refuse_wrong_gradients, start_trackers, use_bf16
 from unidad.distributed import Ranks
 from unidad.export import made
 from unidad.heads import build_heads
-from unidad.ingredients import Ingredients, gather, recomputing
+from unidad.ingredients import Ingredients, gather, tuned
 from unidad.ingredients_text import gather_text
 from unidad.log import Log
 from unidad.methods.base import Method
@@ -34,8 +34,7 @@ from unidad.train import Trainer
 
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
-    network, values, label = parts.networks(device), as_dict(settings), parts.label(settings)
-    network = recomputing(network) if settings.gradient_checkpointing else network
+    network, values, label = tuned(parts.networks(device), settings), as_dict(settings), parts.label(settings)
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)
         return Finetune(start, generator, settings.denoising, label, parts.student_steps)
@@ -105,6 +104,7 @@ def train(
     settings = settings or TrainSettings()
     parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
     device = pick_device(settings.device)
+    refuse_wrong_gradients(settings, device)
     accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
     device = accelerator.device if accelerator.num_processes > 1 else device
     say = console.print if console is not None else _silent

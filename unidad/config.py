@@ -87,6 +87,9 @@ class TrainSettings(LoopSettings):
     timestep_law: str = "uniform"  # uniform | karras | quadratic
     denoising: str = "epsilon"  # epsilon | v | edm
     shared_forward: bool = True
+    joint_batch: bool = False  # the heads see real and fake pictures in one batch; same numbers, fewer and larger operations
+    channels_last: bool = False  # weights and activations with channels innermost
+    compile: bool = False  # torch.compile of plain predictions; not together with bf16 on a CPU
     gradient_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, about a third slower
     lr_fake: float = 0.0  # of the fake teacher; 0: lr
     lr_heads: float = 0.0  # of the heads; 0: lr_fake

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from unidad.config import LoopSettings
+from unidad.config import LoopSettings, PretrainSettings, TrainSettings
 from unidad.errors import SettingsError
 from unidad.run import RunFolder
 
@@ -20,6 +20,15 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
+
+
+def refuse_wrong_gradients(settings: TrainSettings | PretrainSettings, device: torch.device) -> None:
+    """Raise SettingsError for torch.compile with bf16 on a CPU.
+
+    Seen with torch 2.13: gradients of everything below the first upsampler come out as exactly zero.
+    """
+    if settings.compile and device.type == "cpu" and use_bf16(settings.precision, device):
+        raise SettingsError("'compile' with precision=bf16 gives wrong gradients on a CPU. Use compile=false, or precision=fp32.")
 
 
 def _cpu_has_bf16() -> bool:

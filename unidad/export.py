@@ -89,8 +89,10 @@ def write_pipeline(pipeline: Any, out: Path, notes: dict[str, Any], card: str, h
         CheckpointError: if the disk refuses; what was there before is untouched.
     """
     for part in pipeline.components.values():
-        if half and isinstance(part, nn.Module):
-            part.to(torch.float16)
+        if isinstance(part, nn.Module):
+            if half:
+                part.to(torch.float16)
+            part.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # safetensors wants no other
     staged = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -32,16 +32,23 @@ class Networks(Protocol):
     def __call__(self, role: str, model: Model | None = None) -> Backbone: ...
 
 
-def recomputing(network: Networks) -> Networks:
-    """The same maker; its networks keep less for the backward pass and compute it again (diffusers' gradient checkpointing)."""
+def tuned(network: Networks, settings: TrainSettings) -> Networks:
+    """The same maker; its networks compute as `gradient_checkpointing`, `channels_last` and `compile` say."""
+    if not (settings.gradient_checkpointing or settings.channels_last or settings.compile):
+        return network
 
-    def checkpointed(role: str, model: Model | None = None) -> Backbone:
+    def made(role: str, model: Model | None = None) -> Backbone:
         backbone = network(role, model)
         assert isinstance(backbone, UNet2DBackbone)
-        backbone.unet.enable_gradient_checkpointing()
+        if settings.gradient_checkpointing:
+            backbone.unet.enable_gradient_checkpointing()
+        if settings.channels_last:
+            backbone.unet.to(memory_format=torch.channels_last)
+        if settings.compile:
+            backbone.compile_unet()
         return backbone
 
-    return checkpointed
+    return made
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,9 @@ def _check(settings: TrainSettings) -> None:
         raise SettingsError(
             "'lora_rank' puts every network on the source as base: leave student_init=source and target_teacher=online, or set it to 0."
         )
-    if settings.gradient_checkpointing:
-        raise SettingsError("'gradient_checkpointing' is not there yet for text-to-image sources. Leave it off.")
+    for name in ("gradient_checkpointing", "channels_last", "compile"):
+        if getattr(settings, name):
+            raise SettingsError(f"'{name}' is not there yet for text-to-image sources. Leave it off.")
     if settings.class_label >= 0:
         raise SettingsError("'class_label' means nothing to a text-to-image model. Leave it at -1.")
 

@@ -16,8 +16,8 @@ from unidad.backbones.load import SCHEDULE_KEYS, load_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
-from unidad.device import make_accelerator, pick_device, pick_tracker, start_trackers, use_bf16
-from unidad.errors import ModelError, SettingsError
+from unidad.device import make_accelerator, pick_device, pick_tracker, refuse_wrong_gradients, start_trackers, use_bf16
+from unidad.errors import ModelError
 from unidad.export import save_source
 from unidad.log import Log
 from unidad.methods.finetune import Finetune
@@ -48,9 +48,7 @@ def pretrain(
         Stopped: after SIGINT or SIGTERM, saved.
     """
     device = pick_device(settings.device)
-    if settings.compile and device.type == "cpu" and use_bf16(settings.precision, device):
-        # Seen with torch 2.13: gradients of everything below the first upsampler come out as exactly zero.
-        raise SettingsError("'compile' with precision=bf16 gives wrong gradients on a CPU. Use compile=false, or precision=fp32.")
+    refuse_wrong_gradients(settings, device)
     backbone, scheduler, digest = start(settings)
     pictures = load_folder(data, backbone.shape[-1])
     facts: dict[str, Any] = {

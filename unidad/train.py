@@ -407,4 +407,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     for index, slot in state.items():
         if slot["exp_avg"].shape != parameters[index].shape:
             raise ValueError(f"optimizer state {index} has shape {tuple(slot['exp_avg'].shape)}")
+        for key, value in slot.items():  # fused AdamW goes through memory: moments must lie there as the weights do
+            slot[key] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value) if value.ndim else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

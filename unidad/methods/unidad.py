@@ -51,6 +51,7 @@ class Objective:
         augment: what is done to every picture the heads see, such as "flip,translate"; see `unidad.augment`.
         timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T, "karras" or "quadratic" (see `NoiseSchedule`).
         shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D; not with `augment`, which L_fk must not see.
+        joint_batch: where that is not so, the heads see real and fake pictures in one batch instead of two.
     """
 
     a: float = 0.25
@@ -74,6 +75,7 @@ class Objective:
     timestep_law: str = "uniform"
     denoising: str = "epsilon"
     shared_forward: bool = True
+    joint_batch: bool = False
 
     @property
     def uses_source(self) -> bool:
@@ -211,11 +213,15 @@ class UniDAD(Method):
         labels = self._labels(len(x_t)) if labels is None else labels
         return self.heads(self.fake_teacher.features(x_t, t, labels, self.o.features))
 
-    def _judge(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits of clean pictures, [B, heads]: augmented, noised to random t, and shown to the heads."""
+    def _disguised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Clean pictures as the heads see them: augmented and noised to random t; with t."""
         x = augment(x, self._augmentations, self.generator)
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
-        return self._logits(self._noised(x, t)[0], t, labels)
+        return self._noised(x, t)[0], t
+
+    def _judge(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of clean pictures, [B, heads]."""
+        return self._logits(*self._disguised(x), labels)
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
@@ -330,16 +336,29 @@ class UniDAD(Method):
             xhat = self.fake_teacher.x0(x_t, t, labels)
             fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
             return {"fake": fake, "total": fake}
-        assert self.heads is not None
         if self.o.shared_forward and not self._augmentations:
             xhat, features = self.fake_teacher.x0_and_features(x_t, t, labels, self.o.features)
-            fake_logits = self.heads(features)
+            assert self.heads is not None
+            fake_logits, real_logits = self.heads(features), self._judge(pictures, captions)
         else:
             xhat = self.fake_teacher.x0(x_t, t, labels)
-            fake_logits = self._judge(x, labels) if self._augmentations else self._logits(x_t, t, labels)
+            shown = self._disguised(x) if self._augmentations else (x_t, t)
+            fake_logits, real_logits = self._judge_both(shown, labels, self._disguised(pictures), captions)
         fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
-        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits, captions)
+        disc, accuracy = self._discriminator_loss(pictures, x, fake_logits, real_logits)
         return {"fake": fake, "disc": disc, "disc_accuracy": accuracy, "total": fake + self.o.disc_weight * disc}
+
+    def _judge_both(
+        self, fake: tuple[Tensor, Tensor], labels: Tensor | None, real: tuple[Tensor, Tensor], captions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of noised pictures (x_t, t) under their labels."""
+        if not self.o.joint_batch:
+            return self._logits(*fake, labels), self._logits(*real, captions)
+        x_t, t = (torch.cat(pair) for pair in zip(fake, real, strict=True))
+        captions = self._labels(len(real[0])) if captions is None else captions
+        both = None if labels is None or captions is None else torch.cat([labels, captions])
+        fake_logits, real_logits = self._logits(x_t, t, both).split([len(fake[0]), len(real[0])])
+        return fake_logits, real_logits
 
     @torch.no_grad()
     def _samples_for_fake_teacher(self) -> tuple[Tensor, Tensor | None]:
@@ -349,10 +368,7 @@ class UniDAD(Method):
         stop = self._random_stop() if self.o.rollout_grad == "random" else None
         return self.generate(stop_after=stop, labels=context), context
 
-    def _discriminator_loss(
-        self, pictures: Tensor, x: Tensor, fake_logits: Tensor, captions: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        real_logits = self._judge(pictures, captions)
+    def _discriminator_loss(self, pictures: Tensor, x: Tensor, fake_logits: Tensor, real_logits: Tensor) -> tuple[Tensor, Tensor]:
         loss = gan_discriminator_loss(real_logits, fake_logits, self.o.gan_loss, self.o.gan_aggregation)
         if self.o.gan_loss == "wgan-gp":
             loss = loss + self.o.gradient_penalty_weight * self._penalty(pictures, x)
