@@ -83,8 +83,8 @@ class Cycle:
     device: torch.device
 
     @classmethod
-    def build(cls, arch: str, values: Values, folder: Path) -> Cycle:
-        """Random weights and pictures; `values` lie over `REFERENCE`.
+    def build(cls, arch: str, values: Values, folder: Path, count: int = PICTURES) -> Cycle:
+        """Random weights and `count` random pictures; `values` lie over `REFERENCE`.
 
         Raises:
             SettingsError: for an unknown architecture or setting.
@@ -92,8 +92,8 @@ class Cycle:
         settings = build_settings(TrainSettings, REFERENCE, {"tracker": "none", "cycles": 10**6}, values)
         model, device = random_model(arch), pick_device(settings.device)
         generator = torch.Generator().manual_seed(settings.seed)
-        pixels = torch.randint(0, 256, (PICTURES, *model.backbone.shape), generator=generator, dtype=torch.uint8)
-        pictures = PictureSet(pixels, [f"random {i}" for i in range(PICTURES)], "random")
+        pixels = torch.randint(0, 256, (count, *model.backbone.shape), generator=generator, dtype=torch.uint8)
+        pictures = PictureSet(pixels, [f"random {i}" for i in range(count)], "random")
         steps = model.backbone.schedule.student_steps(settings.steps, settings.grid)
         parts = Ingredients(model, pictures, None, None, steps)
         folder.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "method": "distill-then-adapt",
         "denoising": "v",
         "batch_size": 8,
-        "lr": 2e-5,
+        "lr": 1e-4,
         "lr_decay": "cosine",
         "warmup": 20,
         "ema": 0.99,
