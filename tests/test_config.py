@@ -57,6 +57,8 @@ def test_values_out_of_range(key, value):
 @pytest.mark.parametrize("key", sorted(RANGES.keys() & {f.name for f in fields(TrainSettings)}))
 def test_both_ends_of_every_range_are_allowed(key):
     relaxed = {"dmd_weight": 1.0, "gan_weight": 0.0 if key == "disc_weight" else 0.1, "disc_weight": 1.0, "cycles": 10**9}
+    if key == "transfer":
+        relaxed["target_teacher"] = "a folder"
     for end in RANGES[key]:
         assert getattr(train(**(relaxed | {key: end})), key) == end
 
@@ -70,6 +72,12 @@ def test_a_warm_up_must_leave_cycles_for_the_student():
 def test_the_target_teacher_learns_at_least_while_it_is_warmed_up():
     assert train(cycles=5, target_warmup=3, target_cycles=3).target_cycles == 3
     assert train(cycles=5, target_warmup=3, target_cycles=0).target_cycles == 0
+    assert train(cycles=5, target_warmup=3, transfer=1).transfer == 1
+    assert train(target_teacher="runs/ft/model", transfer=1).transfer == 1
+    with pytest.raises(SettingsError, match="learnt before the student begins"):
+        train(transfer=1)
+    with pytest.raises(SettingsError, match="there is none"):
+        train(cycles=5, target_warmup=3, transfer=1, a=0)
     with pytest.raises(SettingsError, match="'target_cycles' is 2, fewer than the 3 of 'target_warmup'"):
         train(cycles=5, target_warmup=3, target_cycles=2)
 

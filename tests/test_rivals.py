@@ -19,7 +19,7 @@ from unidad.methods.unidad import Objective
 from unidad.train import Stopped
 
 
-def two_stage(seed: int = 7, student_from_teacher: bool = True, adapt_cycles: int = 2) -> AdaptThenDistill:
+def two_stage(seed: int = 7, student_from_teacher: bool = True, adapt_cycles: int = 2, transfer: float = 0.0) -> AdaptThenDistill:
     fake = tiny.backbone(2)
     return AdaptThenDistill(
         student=tiny.backbone(1),
@@ -32,6 +32,8 @@ def two_stage(seed: int = 7, student_from_teacher: bool = True, adapt_cycles: in
         generator=torch.Generator().manual_seed(seed),
         adapt_cycles=adapt_cycles,
         student_from_teacher=student_from_teacher,
+        transfer=transfer,
+        origin=tiny.backbone(6).state_dict(),
     )
 
 
@@ -61,6 +63,17 @@ def test_the_second_stage_starts_from_the_adapted_weights(from_teacher, tmp_path
     assert torch.equal(weights(method.networks["target_teacher"]), adapted), "and stage 2 leaves it alone"
     assert not torch.equal(weights(method.networks["student"]), seen[2]["student"]), "while the student learns"
     assert trainer.place.updates == {"student": 2, "fake_teacher": 4, "heads": 4, "target_teacher": 2}
+
+
+def test_a_distilled_student_takes_the_change_of_the_adapted_weights(tmp_path, picture_folder):
+    method = two_stage(student_from_teacher=False, transfer=1.0)
+    student, origin = tiny.backbone(1).state_dict(), tiny.backbone(6).state_dict()
+    trainer = make(tmp_path, picture_folder, method, cycles=3)
+    trainer.fit(until=2)
+    assert method.start_cycle(2) == ("student", "fake_teacher")
+    target = method.target_teacher.state_dict()
+    for key, value in method.student.state_dict().items():
+        torch.testing.assert_close(value, student[key] + target[key] - origin[key])
 
 
 def test_averaging_starts_over_from_weights_that_were_handed_on(tmp_path, picture_folder):

@@ -7,7 +7,8 @@ import torch
 from unidad.heads import MultiHead, SingleHead, build_heads
 from unidad.losses import GAN_LOSSES, denoising_loss, gan_discriminator_loss
 from unidad.methods.base import only_training
-from unidad.methods.unidad import POOL_REFRESH, Objective, UniDAD
+from unidad.methods.pool import REFRESH
+from unidad.methods.unidad import Objective, UniDAD
 from unidad.rollout import ddim_states
 
 
@@ -411,10 +412,10 @@ def test_the_anchor_to_a_teacher_is_zero_for_a_student_that_ends_where_the_teach
 
 def test_the_pool_of_the_anchor_is_renewed_an_eighth_at_a_time():
     method = tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=16, anchor_steps=1)
-    first = method._fresh_pool().clone()
-    for _ in range(POOL_REFRESH - 1):
-        assert torch.equal(method._fresh_pool(), first)
-    second = method._fresh_pool()
+    first = method._pool.use().clone()
+    for _ in range(REFRESH - 1):
+        assert torch.equal(method._pool.use(), first)
+    second = method._pool.use()
     assert torch.equal(second[:14], first[2:])
     assert not torch.equal(second[14:], first[:2])
 
@@ -425,12 +426,38 @@ def test_the_pool_of_the_anchor_is_carried_over():
     carried = method.carried()
     other = tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=8, anchor_steps=1)
     other.restore(carried)
-    assert other._pool_age == 1
+    assert other._pool.age == 1
     assert len(other._fresh) == 1
     assert [torch.equal(x, y) for x, y in zip(carried, other.carried(), strict=True)] == [True] * 3
     other.restore([])
-    assert other._pool is None
+    assert other._pool.kept is None
 
 
 def test_without_an_anchor_the_student_looks_at_no_picture():
     assert not tiny.phase(tiny.unidad(), "student").needs_data
+
+
+# -- what the target teacher has learnt, handed to the student --------------------------------------------------------
+
+
+def test_transfer_adds_the_change_of_weights_once():
+    """student + share * (target - origin), weight by weight; a second call, as after resuming there, changes nothing more."""
+    method = tiny.unidad(warmup=3, target_cycles=3, transfer=0.5)
+    before, target, origin = tiny.backbone(1).state_dict(), method.target_teacher.state_dict(), tiny.backbone(6).state_dict()
+    assert method.start_cycle(0) == method.start_cycle(2) == ()
+    assert all(torch.equal(value, before[key]) for key, value in method.student.state_dict().items())
+    for _ in range(2):
+        assert method.start_cycle(3) == ("student", "fake_teacher")
+        for key, value in method.student.state_dict().items():
+            torch.testing.assert_close(value, before[key] + 0.5 * (target[key] - origin[key]))
+    assert all(torch.equal(value, target[key]) for key, value in method.fake_teacher.state_dict().items())
+    assert method.start_cycle(4) == ()
+
+
+def test_transfer_of_everything_to_the_source_itself_is_the_target_teacher():
+    method = tiny.unidad(warmup=1, transfer=1.0)
+    method.student.load_state_dict(tiny.backbone(6).state_dict())
+    method.start_cycle(1)
+    target = method.target_teacher.state_dict()
+    for key, value in method.student.state_dict().items():
+        torch.testing.assert_close(value, target[key], atol=1e-6, rtol=1e-5)

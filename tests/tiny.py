@@ -39,6 +39,7 @@ def unidad(
     drop: tuple[str, ...] = (),
     warmup: int = 0,
     target_cycles=None,
+    transfer: float = 0.0,
     **numbers,
 ) -> UniDAD:
     """Four networks with different weights (so that no gradient is zero by accident) and the heads."""
@@ -54,6 +55,8 @@ def unidad(
         generator=torch.Generator().manual_seed(seed),
         target_warmup=warmup,
         target_cycles=target_cycles,
+        transfer=transfer,
+        origin=backbone(6).state_dict(),
     )
 
 

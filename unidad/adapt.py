@@ -52,6 +52,8 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
         "generator": generator,
         "label": label,
         "contexts": parts.contexts,
+        "transfer": settings.transfer,
+        "origin": parts.source.backbone.state_dict() if settings.transfer else None,
     }
     if settings.method == "adapt-then-distill":
         fresh = parts.student_init is None

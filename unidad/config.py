@@ -96,6 +96,7 @@ class TrainSettings(LoopSettings):
     lr_target: float = 0.0  # of the target teacher; 0: lr
     target_warmup: int = 0  # of the cycles, so many first ones train the target teacher alone
     target_cycles: int = 0  # of the cycles, so many first ones train the target teacher, which is frozen then; 0: all
+    transfer: float = 0.0  # of the target teacher's change of weights, added to the student's where it begins to learn
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "fake_updates": (1, 10**6),
     "target_warmup": (0, 10**9 - 1),
     "target_cycles": (0, 10**9),
+    "transfer": (0, 2),
     "class_label": (-1, 10**9),
     "size": (8, 4096),
 }
@@ -276,6 +278,12 @@ def _check_uni_dad(settings: TrainSettings) -> None:
         raise SettingsError(
             f"'target_cycles' is {settings.target_cycles}, fewer than the {settings.target_warmup} of 'target_warmup'. Raise it."
         )
+    if settings.transfer > 0 and (settings.a == 0 or settings.dmd_weight == 0):
+        raise SettingsError(
+            "'transfer' hands on what a target teacher learnt, and with a=0 or dmd_weight=0 there is none. Set transfer=0."
+        )
+    if settings.transfer > 0 and settings.target_teacher == "online" and settings.target_warmup == 0:
+        raise SettingsError("'transfer' needs a target teacher that has learnt before the student begins: raise 'target_warmup'.")
     if settings.dmd_weight == 0 and settings.gan_weight == 0:
         raise SettingsError("'dmd_weight' and 'gan_weight' are both 0: the student would learn nothing. Raise one of them.")
     if settings.gan_weight > 0 and settings.disc_weight == 0:

@@ -12,7 +12,8 @@ from unidad.methods.unidad import Objective, UniDAD
 class AdaptThenDistill(UniDAD):
     """Stage 1 trains the target teacher alone on the target pictures; stage 2 is DMD2 with it, frozen, as the only teacher.
 
-    At the change of stage the fake teacher, and the student unless it is distilled already, take the target teacher's weights.
+    At the change of stage the fake teacher, and the student unless it is distilled already, take the target teacher's weights; a
+    distilled student takes its change of weights where `transfer` says so.
 
     Args:
         objective: `a` is taken as 1.
@@ -51,6 +52,8 @@ class AdaptThenDistill(UniDAD):
         """At the first cycle of stage 2 the adapted weights are handed on."""
         if cycle != self.adapt_cycles:
             return ()
+        if self.transfer and "student" not in self._receivers:
+            return super().start_cycle(cycle)
         for name in self._receivers:
             self.networks[name].load_state_dict(self.networks["target_teacher"].state_dict())
         return self._receivers

@@ -6,6 +6,7 @@ teacher once on the target pictures.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,9 +27,9 @@ from unidad.losses import (
 )
 from unidad.methods.base import Losses, Method, Phase
 from unidad.methods.finetune import denoise
+from unidad.methods.handover import add_change, same_weights
+from unidad.methods.pool import TrajectoryPool
 from unidad.rollout import batch_noise, ddim_trajectory, rollout
-
-POOL_REFRESH = 16  # student updates
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ class UniDAD(Method):
         train_target: False keeps the target teacher as it is (a pre-adapted checkpoint).
         target_warmup: so many first cycles train the target teacher alone.
         target_cycles: so many train it at all, after which it is frozen; None: all.
+        transfer: where the student begins to learn, so much of what the target teacher has learnt since `origin` is added to its
+            weights, and the fake teacher takes the target teacher's (`handover.add_change`); 0 leaves both as given. Not in the paper.
+        origin: the source model's weights, for `transfer`.
         label: class of every picture, for class-conditional networks.
         contexts: each student sample is drawn under one of the labels 0..contexts-1 at random, and that label goes with it to every
             network; target pictures keep `label`. 1: all under `label`.
@@ -133,6 +137,8 @@ class UniDAD(Method):
         train_target: bool = True,
         target_warmup: int = 0,
         target_cycles: int | None = None,
+        transfer: float = 0.0,
+        origin: Mapping[str, Tensor] | None = None,
         label: int | None = None,
         contexts: int = 1,
     ):
@@ -151,11 +157,11 @@ class UniDAD(Method):
         named |= {"target_teacher": target_teacher, "heads": heads}
         self.networks = {name: network for name, network in named.items() if network is not None}
         self._fresh: list[tuple[Tensor, Tensor | None]] = []  # student samples and their labels
-        self._pool: Tensor | None = None
-        self._pool_age = 0
+        self._pool = TrajectoryPool(objective.anchor_pool, self.trajectories)
         learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
         trains_target = objective.uses_target and train_target
         first, k = target_warmup if trains_target else 0, objective.fake_updates
+        self._first, self.transfer, self._origin = first, transfer, origin
         looks = objective.anchor_weight > 0 and objective.anchor == "pictures"
         self.phases = [
             Phase("student", ("student",), 1, self.student_loss, looks, begins=first),
@@ -164,11 +170,21 @@ class UniDAD(Method):
         if trains_target:
             self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss, ends=target_cycles))
 
+    def start_cycle(self, cycle: int) -> tuple[str, ...]:
+        """Where the student begins: `transfer`, unless it was done before the run was resumed here."""
+        if not self.transfer or cycle != self._first:
+            return ()
+        assert self.target_teacher is not None
+        assert self._origin is not None
+        if not same_weights(self.fake_teacher, self.target_teacher):
+            add_change(self.student, self._origin, self.target_teacher, self.transfer)
+            self.fake_teacher.load_state_dict(self.target_teacher.state_dict())
+        return ("student", "fake_teacher")
+
     def carried(self) -> list[Tensor]:
         """Student samples kept for the first fake-teacher update, then the anchor's pool and its age, if there is one."""
-        pool = [] if self._pool is None else [self._pool, torch.tensor(self._pool_age)]
         fresh = [tensor for pair in self._fresh for tensor in pair if tensor is not None]
-        return [*fresh, *pool]
+        return [*fresh, *self._pool.carried()]
 
     def carried_rows(self) -> int:
         """The student samples, and their labels."""
@@ -176,11 +192,8 @@ class UniDAD(Method):
 
     def restore(self, carried: list[Tensor]) -> None:
         """Take them back."""
-        self._fresh, self._pool, fresh = [], None, carried
-        if carried and carried[-1].ndim == 0:
-            self._pool, self._pool_age = carried[-2], int(carried[-1])
-            fresh = carried[:-2]
-        for tensor in fresh:
+        self._fresh = []
+        for tensor in self._pool.restore(carried):
             if tensor.ndim == 1:  # labels follow their samples
                 self._fresh[-1] = (self._fresh[-1][0], tensor)
             else:
@@ -266,21 +279,10 @@ class UniDAD(Method):
         )
 
     def _from_pool(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        pool, draw = self._fresh_pool(), partial(torch.randint, generator=self.generator, device=self.generator.device)
+        pool, draw = self._pool.use(), partial(torch.randint, generator=self.generator, device=self.generator.device)
         which, k = draw(0, len(pool), (n,)), draw(0, len(self.student_steps), (n,))
         t = torch.tensor(self.student_steps, device=k.device)[k]
         return pool[which, k], t, pool[which, -1]
-
-    def _fresh_pool(self) -> Tensor:
-        """The pool of trajectories; its oldest eighth is drawn anew every POOL_REFRESH updates, for the teacher learns on."""
-        size = self.o.anchor_pool
-        if self._pool is None:
-            self._pool = self.trajectories(size)
-        elif self._pool_age % POOL_REFRESH == 0:
-            renewed = max(1, size // 8)
-            self._pool = torch.cat([self._pool[renewed:], self.trajectories(renewed)])
-        self._pool_age += 1
-        return self._pool
 
     @torch.no_grad()
     def trajectories(self, n: int) -> Tensor:
