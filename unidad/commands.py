@@ -27,9 +27,9 @@ from unidad.export import made, save_source, save_student
 from unidad.export_text import save_text_student
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
+from unidad.samples_folder import GRID, fill, new_folder, open_samples, refuse_full_folder, weights_digest
 
 DEFAULT_DDIM_STEPS = 50
-GRID = "grid.png"
 
 
 def load_product(name: str | Path) -> Model:
@@ -85,16 +85,23 @@ def draw_from(model: Model, n: int, steps: int | None, seed: int, batch_size: in
     _check_numbers(n, steps, seed, batch_size)
     if isinstance(model, TextModel):
         raise SettingsError(f"'{model.name}' needs prompts: draw with `unidad sample --prompt TEXT` and give that folder instead.")
-    backbone = model.backbone.to(pick_device(device))
-    label = model.class_label if label is None else label
-    if (backbone.num_classes is None) != (label is None) or not 0 <= (label or 0) < (backbone.num_classes or 1):
-        knows = "knows no classes" if backbone.num_classes is None else f"needs --class-label 0..{backbone.num_classes - 1}"
-        raise SettingsError(f"'{model.name}' {knows}.")
+    backbone, label = model.backbone.to(pick_device(device)), _check_drawing(model, steps, label)
     if model.student_steps is None:
-        if (steps or 0) > len(backbone.schedule):
-            raise SettingsError(f"--steps must be at most {len(backbone.schedule)}.")
         return draw(backbone, n, seed, ddim_steps=steps or DEFAULT_DDIM_STEPS, batch_size=batch_size, label=label)
     return draw(backbone, n, seed, steps=_grid(model, steps), batch_size=batch_size, label=label)
+
+
+def _check_drawing(model: Model, steps: int | None, label: int | None) -> int | None:
+    """The class to draw; raises SettingsError where the model has no such class or steps."""
+    classes, label = model.backbone.num_classes, model.class_label if label is None else label
+    if (classes is None) != (label is None) or not 0 <= (label or 0) < (classes or 1):
+        knows = "knows no classes" if classes is None else f"needs --class-label 0..{classes - 1}"
+        raise SettingsError(f"'{model.name}' {knows}.")
+    if model.student_steps is None and (steps or 0) > len(model.backbone.schedule):
+        raise SettingsError(f"--steps must be at most {len(model.backbone.schedule)}.")
+    if model.student_steps is not None:
+        _grid(model, steps)
+    return label
 
 
 def _check_numbers(n: int, steps: int | None, seed: int, batch_size: int) -> None:
@@ -134,27 +141,6 @@ def draw_prompts(
     return torch.stack(rows)
 
 
-def refuse_full_folder(folder: Path) -> None:
-    """Raise DataError unless `folder` is absent or an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"'{folder}' is not an empty folder. Give another --out; nothing there was touched.")
-
-
-def new_folder(out: str | Path) -> Path:
-    """Make a folder to write to.
-
-    Raises:
-        DataError: if it holds something already or cannot be made.
-    """
-    folder = Path(out)
-    refuse_full_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"'{folder}' cannot be made: {error.strerror}. Give another --out.") from None
-    return folder
-
-
 def sample_to_folder(
     name: str,
     n: int,
@@ -165,28 +151,31 @@ def sample_to_folder(
     device: str = "auto",
     label: int | None = None,
     prompts: Sequence[str] = (),
+    resume: bool = False,
 ) -> Path:
     """Draw n pictures into a folder, named by their seed, with a grid.png; returns the grid's path.
+
+    With `resume` a folder that was broken off is gone on with, and ends as if it had not been; also with a larger n.
 
     From a text-to-image student n for each prompt (none: that it was trained with), a row of the grid each.
 
     Raises:
-        UserError: as `load_product`, `draw_from` and `new_folder` do.
+        UserError: as `load_product`, `draw_from` and `open_samples` do.
     """
     model = load_product(name)
-    refuse_full_folder(Path(out))
     if isinstance(model, TextModel):
+        if resume:
+            raise SettingsError("--resume is not there for text-to-image students. Give a new --out.")
+        refuse_full_folder(Path(out))
         prompts = prompts or [model.prompt]
         return _save_prompts(draw_prompts(model, prompts, n, steps, seed, batch_size, device), prompts, seed, new_folder(out))
     if prompts:
         raise SettingsError(f"'{model.name}' is no text-to-image model: leave out --prompt.")
-    pixels = draw_from(model, n, steps, seed, batch_size, device, label)
-    folder = new_folder(out)
-    for i, picture in enumerate(pixels):
-        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{seed + i:06d}.png")
-    grid = folder / GRID
-    picture_grid(pixels[:256], columns=min(16, max(4, round(n**0.5))), scale=max(1, 64 // pixels.shape[-1])).save(grid)
-    return grid
+    _check_numbers(n, steps, seed, batch_size)
+    made_with = {"model": weights_digest(model.backbone), "steps": steps, "seed": seed, "label": label, "batch_size": batch_size}
+    _check_drawing(model, steps, label)
+    folder = open_samples(out, made_with, resume)
+    return fill(folder, n, seed, batch_size, lambda count, start: draw_from(model, count, steps, start, batch_size, device, label))
 
 
 def _save_prompts(pixels: Tensor, prompts: Sequence[str], seed: int, folder: Path) -> Path:

@@ -18,7 +18,8 @@ def add_sample(commands: Commands) -> None:
         "Draw pictures from a run, an exported student, or a many-step model.",
         """  unidad sample runs/mine -n 64 --out pictures
   unidad sample runs/cat -n 4 --prompt "a prt cat on the beach" --prompt "a prt cat in the snow" --out pictures
-  unidad sample bundled:avatars -n 16 --steps 50 --out source_pictures""",
+  unidad sample bundled:avatars -n 16 --steps 50 --out source_pictures
+  unidad sample runs/mine -n 5000 --out many --resume""",
         _sample,
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL")
@@ -34,6 +35,9 @@ def add_sample(commands: Commands) -> None:
         default=[],
         metavar="TEXT",
         help="of a text-to-image student; may be repeated, a row of the grid each",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a folder that was broken off: only what is missing is drawn"
     )
     add_class_label(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="changes speed and memory, never the pictures (32)")
@@ -131,7 +135,7 @@ def _sample(args: argparse.Namespace, _console: Console) -> int:
     from unidad.commands import sample_to_folder
 
     numbers = (args.steps, args.seed, args.batch_size, args.device, args.class_label)
-    print(sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt))
+    print(sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt, args.resume))
     return 0
 
 
