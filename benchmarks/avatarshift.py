@@ -53,6 +53,9 @@ class Row:
     shots: int = 10
 
 
+ALONE: dict[str, Any] = {"target_warmup": 0, "target_cycles": 0, "transfer": 0.0}  # no target teacher learns first
+
+
 def _uni_dad(name: str, **settings: Any) -> Row:
     return Row(name, settings=settings)
 
@@ -67,14 +70,14 @@ METHODS: dict[str, Row] = {
     "uni-dad-k1": _uni_dad("uni-dad-k1", steps=1),
     "uni-dad-k2": _uni_dad("uni-dad-k2", steps=2),
     "uni-dad-k4": _uni_dad("uni-dad-k4", steps=4),
-    "no-target-teacher": _uni_dad("no-target-teacher", a=0.0, target_teacher="off", target_warmup=0, target_cycles=0),
-    "gan-only": _uni_dad("gan-only", dmd_weight=0.0, anchor_weight=0.0, target_warmup=0, target_cycles=0),
-    "dmd-source": _uni_dad(
-        "dmd-source", a=0.0, target_teacher="off", gan_weight=0.0, disc_weight=0.0, target_warmup=0, target_cycles=0
-    ),
+    "no-target-teacher": _uni_dad("no-target-teacher", a=0.0, target_teacher="off", **ALONE),
+    "gan-only": _uni_dad("gan-only", dmd_weight=0.0, anchor_weight=0.0, **ALONE),
+    "dmd-source": _uni_dad("dmd-source", a=0.0, target_teacher="off", gan_weight=0.0, disc_weight=0.0, **ALONE),
     "dmd-target": _uni_dad("dmd-target", a=1.0, gan_weight=0.0, disc_weight=0.0),
     "single-head": _uni_dad("single-head", heads="single"),
     "mean-logit": _uni_dad("mean-logit", gan_aggregation="mean_logit"),
+    "no-transfer": _uni_dad("no-transfer", transfer=0.0),
+    "ft-dmd2-no-transfer": Row("ft-dmd2-no-transfer", "avatars-adapt-then-distill", {"transfer": 0.0}),
     "no-anchor": _uni_dad("no-anchor", anchor_weight=0.0),
     # a = 0 is no-target-teacher, a = 0.75 is uni-dad
     **{f"a-{a:g}": _uni_dad(f"a-{a:g}", a=a) for a in (0.25, 0.5, 1.0)},

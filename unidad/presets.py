@@ -32,6 +32,7 @@ _AVATARS: dict[str, Any] = {
     "warmup": 20,
     "target_warmup": 800,
     "target_cycles": 800,
+    "transfer": 1.0,
     "ema": 0.99,
 }
 
@@ -88,6 +89,7 @@ DISTILL: dict[str, Any] = {
     "augment": "none",
     "target_warmup": 0,
     "target_cycles": 0,
+    "transfer": 0.0,
 }
 
 # The paper's rivals (METHOD §9) on the same model, pictures and student to start from.
