@@ -78,7 +78,9 @@ def _to(args: argparse.Namespace, _console: Console) -> int:
     from unidad.convert.single_file import to_single_file
 
     facts = to_single_file(args.folder, args.out, args.half)
-    print(f"{args.out}: {facts['parameters'] / 1e6:.1f} M parameters, text encoder in {facts['text_encoder']}'s layout, no scheduler")
+    print(
+        f"{args.out}: {facts['parameters'] / 1e6:.1f} M parameters, text encoder in {facts['text_encoder']}'s layout, no scheduler"
+    )
     return 0
 
 

@@ -99,7 +99,11 @@ def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     for key in weights:
         if not _KOHYA_KEY.fullmatch(key):
-            part = "the text encoder's part of a LoRA; the UNet's alone is converted" if key.startswith("lora_te") else "not known here"
+            part = (
+                "the text encoder's part of a LoRA; the UNet's alone is converted"
+                if key.startswith("lora_te")
+                else "not known here"
+            )
             raise ModelError(f"'{key}' is {part}.")
     _refuse_halves(weights)
     named: dict[str, Tensor] = {}
@@ -160,4 +164,6 @@ def _refuse_other_rules(path: Path, metadata: str) -> None:
     if told.get("lora_alpha") != told.get("r"):
         other.append(f"lora_alpha {told.get('lora_alpha')} at rank {told.get('r')}")
     if other:
-        raise ModelError(f"'{path}' scales its layers by {', '.join(other)}; only LoRAs whose alpha is their rank are converted from there.")
+        raise ModelError(
+            f"'{path}' scales its layers by {', '.join(other)}; only LoRAs whose alpha is their rank are converted from there."
+        )

@@ -16,7 +16,12 @@ from torch import Tensor
 from unidad.convert.layout import RESIDUAL
 from unidad.errors import ModelError
 
-UNET, VAE, CLIP, OPEN_CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
+UNET, VAE, CLIP, OPEN_CLIP = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
+)
 _INNER = {ours: theirs for theirs, ours in RESIDUAL.items()}
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
@@ -79,7 +84,9 @@ def _unet_name(name: str, layers: int, attended: set[str]) -> str:
     way, level, kind, layer, rest = found.groups()
     if way == "down":
         first = 1 + int(level) * (layers + 1)
-        block, rank = (first + layers, "0.op") if kind == "downsamplers" else (first + int(layer), "0" if kind == "resnets" else "1")
+        block, rank = (
+            (first + layers, "0.op") if kind == "downsamplers" else (first + int(layer), "0" if kind == "resnets" else "1")
+        )
         sided = "input_blocks"
     else:
         first = int(level) * (layers + 1)
