@@ -108,7 +108,8 @@ def test_diffusers_alone_draws_the_same_picture_from_the_file(folders: dict[str,
                 "a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np", height=32, width=32
             ).images
         )
-    assert (drawn[0] == drawn[1]).all()
+    assert all(torch.equal(value, single.unet.state_dict()[key]) for key, value in plain.unet.state_dict().items())
+    assert abs(drawn[0] - drawn[1]).max() < 1e-5, "the same weights, but at other places in memory, which moves the last bits"
     assert drawn[0].std() > 0.01
 
 
@@ -192,7 +193,7 @@ def test_other_families_are_named_from_names_and_shapes(shapes: dict, words: str
 
 
 def test_a_file_of_the_other_generation_does_not_fit_the_config(folders: dict[str, Path], files: dict[str, Path], tmp_path: Path):
-    with pytest.raises(ModelError, match="does not fit the config .* should be"):
+    with pytest.raises(ModelError, match=r"does not fit the config .* should be"):
         from_single_file(files["sd2"], folders["sd1"], tmp_path / "out")
 
 
@@ -208,7 +209,7 @@ def test_a_missing_weight_is_named_before_anything_is_loaded(folders: dict[str, 
 
 def test_pickles_and_damaged_files_are_refused(folders: dict[str, Path], files: dict[str, Path], tmp_path: Path):
     torch.save({}, tmp_path / "model.ckpt")
-    with pytest.raises(ModelError, match="save it as .safetensors first"):
+    with pytest.raises(ModelError, match=r"save it as \.safetensors first"):
         from_single_file(tmp_path / "model.ckpt", folders["sd1"], tmp_path / "out")
     content = files["sd1"].read_bytes()
     header = json.dumps({"x": {"dtype": "F32", "shape": [1]}}).encode()
