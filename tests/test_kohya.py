@@ -101,7 +101,7 @@ def test_round_trips_to_the_bit(lora: Path, kohya: Path, tmp_path: Path):
 
 def test_stock_diffusers_draws_the_same_from_both_files(pipeline: Path, lora: Path, kohya: Path):
     plain, ours, theirs = picture(pipeline), picture(pipeline, lora), picture(pipeline, kohya)
-    assert torch.equal(ours, theirs)
+    assert (ours - theirs).abs().max() < 1e-5, "the same weights (below), at other places in memory, which moves the last bits"
     assert (ours - plain).abs().max() > 1e-2
 
 
