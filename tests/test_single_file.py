@@ -172,6 +172,7 @@ def test_a_file_as_source_names_the_command(files: dict[str, Path], tmp_path: Pa
         ({FIRST: (320, 4, 3, 3), "conditioner.embedders.1.model.positional_embedding": (77, 1280)}, "an SDXL checkpoint"),
         ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4, 4)}, "an SD3 checkpoint"),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "a Flux checkpoint"),
+        ({"single_transformer_blocks.0.x": (1,), "transformer_blocks.0.norm1_context.linear.weight": (4, 4)}, "a Flux checkpoint"),
         ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 4)}, "a LoRA"),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 4)}, "a LoRA"),
         ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 4)}, "a LoRA"),

@@ -18,8 +18,8 @@ Shapes = dict[str, tuple[int, ...]]
 # What a name in the file gives away, the surest first.
 SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up."), "a LoRA"),
-    (("joint_blocks.", "transformer_blocks.0.norm1_context"), "an SD3 checkpoint"),
     (("double_blocks.", "single_transformer_blocks."), "a Flux checkpoint"),
+    (("joint_blocks.", "transformer_blocks.0.norm1_context"), "an SD3 checkpoint"),
     (("conditioner.embedders.", f"{UNET}label_emb.", "add_embedding.linear_1"), "an SDXL checkpoint"),
     (("control_model.", "input_hint_block.", "controlnet_cond_embedding."), "a ControlNet"),
 )

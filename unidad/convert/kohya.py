@@ -69,7 +69,7 @@ def convert_lora(file: str | Path, out: str | Path, to: str) -> dict[str, Any]:
         raise ModelError(f"'{path}' cannot be converted: {error}") from None
     write_weights(target, named)
     downs = {key: value for key, value in named.items() if key.endswith((".lora_down.weight", ".lora_A.weight"))}
-    folded = sum(_alpha(weights, key) != _rank(value) for key, value in weights.items() if key.endswith(".lora_down.weight"))
+    folded = sum(_alpha(weights, key) != len(value) for key, value in weights.items() if key.endswith(".lora_down.weight"))
     return {"layers": len(downs), "rank": max(len(value) for value in downs.values()), "folded": folded}
 
 
@@ -111,7 +111,7 @@ def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not key.endswith(".lora_down.weight"):
             continue
         name, up = key.removesuffix(".lora_down.weight"), weights[key.replace("lora_down", "lora_up")]
-        path, scale = _path(name.removeprefix(KOHYA)), _alpha(weights, key) / _rank(down)
+        path, scale = _path(name.removeprefix(KOHYA)), _alpha(weights, key) / len(down)
         if path is None:
             raise ModelError(f"'{name}' is no layer of an SD 1.x or 2.x UNet as kohya names them (SDXL's have other names).")
         named[f"{DIFFUSERS}{path}.lora_A.weight"] = down
@@ -124,14 +124,10 @@ def _path(joined: str) -> str | None:
     return ".".join(re.findall(_WORD, joined)) if _JOINED.fullmatch(joined) else None
 
 
-def _rank(down: Tensor) -> int:
-    return len(down)
-
-
 def _alpha(weights: Mapping[str, Tensor], down: str) -> float:
     """Of the layer whose first factor this is; a file without alpha means its rank."""
     alpha = weights.get(down.replace("lora_down.weight", "alpha"))
-    return float(_rank(weights[down]) if alpha is None else alpha)
+    return float(len(weights[down]) if alpha is None else alpha)
 
 
 def _refuse_halves(named: Mapping[str, Tensor]) -> None:

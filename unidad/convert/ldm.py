@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from unidad.backbones.single_file import TEXT, UNET, VAE
 from unidad.convert.layout import RESIDUAL
 from unidad.errors import ModelError
 
@@ -64,7 +65,7 @@ def to_ldm(unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[
     if open_clip:
         told = {OPEN_CLIP + name: value for name, value in _open_clip(words).items()}
     else:
-        told = {f"{CLIP}text_model.{name}": value for name, value in words.items()}
+        told = {CLIP + name: value for name, value in words.items()}
     return {UNET + name: value for name, value in _unet(unet).items()} | _vae(vae) | told
 
 

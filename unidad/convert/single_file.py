@@ -5,7 +5,7 @@ diffusers reads them; what it would leave out in silence is looked for beforehan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unidad.backbones.load import find_folder, load_network, read_json, refuse_custom_code
 from unidad.backbones.load_text import PIPELINE, load_text_encoder, load_tokenizer, load_vae
-from unidad.backbones.single_file import STABLE_DIFFUSION, Shapes, family, read_shapes
+from unidad.backbones.single_file import STABLE_DIFFUSION, VAE, Shapes, family, read_shapes
 from unidad.convert.ldm import to_ldm
 from unidad.errors import CheckpointError, ModelError
 from unidad.export import write_pipeline
@@ -79,7 +79,7 @@ def to_single_file(folder: str | Path, out: str | Path, half: bool = False) -> d
     _check_config(source)
     open_clip = _is_open_clip(source)
     parts = (load_network(UNet2DConditionModel, source / "unet"), load_vae(source), load_text_encoder(source))
-    weights = _in_original_layout(source, *(part.state_dict() for part in parts))
+    weights = _in_original_layout(source, parts)
     kind = torch.float16 if half else torch.float32
     write_weights(path, {name: value.detach().to(kind).contiguous() for name, value in weights.items()})
     return {"parameters": sum(w.numel() for w in weights.values()), "text_encoder": "OpenCLIP" if open_clip else "CLIP"}
@@ -117,19 +117,20 @@ def _is_open_clip(folder: Path) -> bool:
     return read_json(folder / "text_encoder" / "config.json").get("hidden_act", "quick_gelu") == "gelu"
 
 
-def _in_original_layout(folder: Path, *states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_original_layout(folder: Path, parts: Sequence[Any]) -> dict[str, Tensor]:
+    unet, vae, text = (part.state_dict() for part in parts)
     try:
-        return to_ldm(*states, open_clip=_is_open_clip(folder))
+        return to_ldm(unet, vae, text, _is_open_clip(folder))
     except (ModelError, KeyError, ValueError) as error:
         raise ModelError(f"'{folder}' cannot be put into the original layout of SD 1.x and 2.x: {error}") from None
 
 
 def _refuse_other_shapes(path: Path, shapes: Shapes, folder: Path) -> None:
     """Every weight that the config asks for must be in the file, in its shape: diffusers would leave a missing one unset."""
-    wanted = _in_original_layout(folder, *(part.state_dict() for part in _empty_networks(folder)))
+    wanted = _in_original_layout(folder, _empty_networks(folder))
     for name, value in wanted.items():
         found, shape = shapes.get(name), tuple(value.shape)
-        attention = name.startswith("first_stage_model.") and ".attn_1." in name  # some files have it as matrices
+        attention = name.startswith(VAE) and ".attn_1." in name  # some files have it as matrices
         if found is None or (found != shape and not (attention and found == shape[:2])):
             has = f"{list(found)} there" if found else "not there"
             raise ModelError(
