@@ -17,12 +17,7 @@ from unidad.backbones.single_file import TEXT, UNET, VAE
 from unidad.convert.layout import RESIDUAL
 from unidad.errors import ModelError
 
-UNET, VAE, CLIP, OPEN_CLIP = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.transformer.",
-    "cond_stage_model.model.",
-)
+CLIP, OPEN_CLIP = f"{TEXT}transformer.text_model.", f"{TEXT}model."
 _INNER = {ours: theirs for theirs, ours in RESIDUAL.items()}
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
