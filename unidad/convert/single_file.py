@@ -50,10 +50,10 @@ def from_single_file(file: str | Path, config: str | Path, out: str | Path, half
     _check_config(folder)
     _refuse_other_shapes(path, shapes, folder)
     pipe = _read(path, folder)
-    kind = str(pipe.scheduler.config.prediction_type)
     about = f"Converted from the single-file checkpoint '{path.name}' with unidad. Its licence is the checkpoint's."
     write_pipeline(pipe, target, {"about": about}, f"# {path.stem}\n\n{about}\n", half)
-    return {"parameters": sum(p.numel() for part in _networks(pipe) for p in part.parameters()), "prediction_type": kind}
+    parameters = sum(p.numel() for part in _networks(pipe) for p in part.parameters())
+    return {"parameters": parameters, "prediction_type": str(pipe.scheduler.config.prediction_type)}
 
 
 def to_single_file(folder: str | Path, out: str | Path, half: bool = False) -> dict[str, Any]:
