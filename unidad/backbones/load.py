@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 
 from unidad.backbones.base import Backbone
+from unidad.backbones.single_file import refuse_as_source
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.errors import ModelError, did_you_mean
 from unidad.noise import NoiseSchedule
@@ -152,7 +153,7 @@ def find_folder(name: str) -> Path:
         products = [folder / part for part in ("student", "model") if (folder / part).is_dir()]
         return products[0] if (folder / "run.json").exists() and products else folder
     if folder.exists():
-        raise ModelError(f"'{name}' is a file; a model is a folder saved by diffusers.")
+        refuse_as_source(folder)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_hub_id:
         raise ModelError(

@@ -7,14 +7,16 @@ import argparse
 from rich.console import Console
 
 from unidad.cli.common import Commands, Parser, command, flags
+from unidad.cli.converting_sd import add_stable_diffusion
 
 
 def add_convert(commands: Commands) -> None:
-    """`unidad convert guided-diffusion` and `unidad convert to-guided-diffusion`."""
-    parser = commands.add_parser("convert", help="Checkpoints of guided-diffusion (ADM) to diffusers folders, and back.")
+    """`unidad convert KIND`."""
+    parser = commands.add_parser("convert", help="Checkpoints of other code to diffusers folders, and back.")
     kinds = parser.add_subparsers(metavar="KIND", required=True, parser_class=Parser)
     _add_from(kinds)
     _add_to(kinds)
+    add_stable_diffusion(kinds)
 
 
 def _add_from(kinds: Commands) -> None:
