@@ -12,7 +12,7 @@ import unidad
 ROOT = Path(unidad.__file__).parent
 MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in ROOT.rglob("*.py") if "assets" not in p.parts)
 # The jobs and the programs that call them; everything else lies below.
-TOP = {"train", "adapt", "pretrain", "reproduce", "bench", "plan", "cli", "commands", "web", "__main__"}
+TOP = {"train", "adapt", "pretrain", "reproduce", "bench", "plan", "cli", "commands", "evaluate_subject", "web", "__main__"}
 LEAVES = ("noise", "data", "errors", "heads", "augment")
 
 

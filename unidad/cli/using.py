@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unidad.cli.common import DEVICES, Commands, add_class_label, command
+from unidad.errors import SettingsError
 
 
 def add_sample(commands: Commands) -> None:
@@ -53,13 +54,13 @@ def add_evaluate(commands: Commands) -> None:
         """  unidad evaluate runs/mine --reference heldout_pictures --train my_pictures
   unidad evaluate folder_of_samples --reference heldout_pictures --json scores.json
   unidad evaluate runs/mine --reference all_pictures --extractor inception-fid --weights pt_inception-2015-12-05-6726825d.pth
-  unidad evaluate runs/mine --reference all_pictures --train my_pictures --extractor lpips-vgg --mode paper""",
+  unidad evaluate runs/mine --reference all_pictures --train my_pictures --extractor lpips-vgg --mode paper
+  unidad evaluate runs/cat --track sdp --train photos --dino DINOV2_FOLDER --clip CLIP_FOLDER --scores dino clip""",
         _evaluate,
     )
     parser.add_argument("samples", metavar="RUN_OR_MODEL_OR_FOLDER", help="a run or model to draw from, or a folder of pictures")
     parser.add_argument(
         "--reference",
-        required=True,
         metavar="FOLDER",
         help="pictures of the domain that training never saw, or a .npz with mu and sigma",
     )
@@ -85,7 +86,8 @@ def add_evaluate(commands: Commands) -> None:
         default="correct",
         help="how variety is scored; `paper` repeats what the public code computes (correct)",
     )
-    parser.add_argument("--n", type=int, default=1000, help="samples to draw (1000)")
+    _add_subject(parser)
+    parser.add_argument("--n", type=int, help="samples to draw (1000); with --track sdp of each prompt (4)")
     parser.add_argument("--steps", type=int, metavar="K", help="steps to draw with; as for `unidad sample`")
     parser.add_argument("--seed", type=int, default=0)
     add_class_label(parser)
@@ -98,6 +100,16 @@ def add_evaluate(commands: Commands) -> None:
         "~/Library/Caches/unidad, Windows %%LOCALAPPDATA%%/unidad/Cache, or $XDG_CACHE_HOME/unidad if that is set)",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--track", choices=("fsig", "sdp"), default="fsig", help="sdp: a subject under a list of prompts (fsig)")
+    parser.add_argument("--prompts", default="object", metavar="LIST", help="sdp: object, live, or a file of templates (object)")
+    parser.add_argument(
+        "--scores", nargs="+", choices=("dino", "clip", "lpips"), help="sdp: only these; lpips takes its files from --weights (all)"
+    )
+    parser.add_argument("--dino", metavar="FOLDER", help="sdp: a DINOv2 model saved by transformers, or a hub id")
+    parser.add_argument("--clip", metavar="FOLDER", help="sdp: a CLIP model saved by transformers with its tokenizer, or a hub id")
 
 
 def add_export(commands: Commands) -> None:
@@ -140,8 +152,16 @@ def _sample(args: argparse.Namespace, _console: Console) -> int:
 
 
 def _evaluate(args: argparse.Namespace, _console: Console) -> int:
+    if args.track == "sdp":
+        from unidad.evaluate_subject import evaluate_subject
+
+        print(evaluate_subject(args))
+        return 0
     from unidad.commands import evaluate_command
 
+    args.n = 1000 if args.n is None else args.n
+    if not args.reference:
+        raise SettingsError("--reference FOLDER is needed: pictures of the domain that training never saw.")
     print(evaluate_command(args))
     return 0
 

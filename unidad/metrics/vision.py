@@ -57,6 +57,7 @@ class VisionFeatures:
     ):
         self._kind, self._family = family, FAMILIES[family]
         source = str(source or self._family.hub_id)
+        self._source, self._local = source, {"local_files_only": Path(source).is_dir() or not download}
         self.batch_size, self.device = batch_size, torch.device(device)
         network = _load(family, source, download)
         self._network = network.eval().requires_grad_(False).to(self.device)
@@ -68,6 +69,31 @@ class VisionFeatures:
     def __call__(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] uint8 -> [N, D] float32 on the CPU. Raises DataError for anything else."""
         return in_batches(self._features, pixels, self.batch_size)
+
+    def texts(self, prompts: list[str]) -> Tensor:
+        """CLIP's text embeddings, [P, D] float32 on the CPU, in the space of its image embeddings.
+
+        Raises:
+            ModelError: no tokenizer lies beside the model.
+            SettingsError: a prompt is longer than the model takes.
+        """
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(self._source, **self._local)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"'{self._source}' has no readable tokenizer ({' '.join(str(error).split())[:120]}). CLIP-T needs vocab.json and "
+                "merges.txt, or tokenizer.json, beside the model."
+            ) from None
+        most = int(self._network.config.text_config.max_position_embeddings)
+        for prompt, ids in zip(prompts, tokenizer(prompts).input_ids, strict=True):
+            if len(ids) > most:
+                raise SettingsError(f"The prompt '{prompt[:60]}...' has {len(ids)} tokens, CLIP takes {most}. Shorten it.")
+        tokens = tokenizer(prompts, padding="max_length", max_length=most, return_tensors="pt").to(self.device)
+        with torch.inference_mode():
+            pooled = self._network.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+            return self._network.text_projection(pooled).float().cpu().clone()
 
     def _features(self, pixels: Tensor) -> Tensor:
         mean, deviation = (
@@ -94,7 +120,7 @@ def _load(family: str, source: str, download: bool) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"'{source}' cannot be loaded here: {' '.join(str(error).split())[:200]} Give a folder saved by transformers with "
-            "--weights FOLDER, or let --download fetch a hub id."
+            "--weights FOLDER (--track sdp: --dino or --clip FOLDER), or let --download fetch a hub id."
         ) from None
     if report["missing_keys"]:
         raise ModelError(f"'{source}' lacks weights, among them '{min(report['missing_keys'])}'. Get the model anew.")

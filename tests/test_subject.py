@@ -1,0 +1,140 @@
+"""Scores of a subject under prompts: the maths against loops over pairs, and the command line on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import sd
+import test_lpips
+import torch
+from PIL import Image
+
+from unidad.backbones.load_text import load_text_model
+from unidad.cli import main
+from unidad.evaluate_subject import Drawn, score_subject
+from unidad.export_text import save_text_student
+from unidad.metrics.lpips import Lpips
+from unidad.metrics.subject import image_likeness, prompt_likeness, prompt_variety
+from unidad.run import RUN_FILE
+
+
+def test_likeness_by_hand():
+    x, y = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [-5.0, 0.0], [1.0, 1.0]])
+    assert image_likeness(x, y) == pytest.approx((1 - 1 + 2**-0.5 + 0 + 0 + 2**-0.5) / 6)
+    assert prompt_likeness(x, y, torch.tensor([1, 2])) == pytest.approx((-1 + 2**-0.5) / 2)
+
+
+def test_variety_by_hand():
+    found = prompt_variety([torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0]])], torch.tensor([0, 0, 1]))
+    assert (found.intra, found.inter) == (pytest.approx(4.0), pytest.approx((25 + 9) / 2))
+    alone = prompt_variety([torch.tensor([[0.0], [3.0]])], torch.tensor([0, 1]))
+    assert (alone.intra, alone.inter) == (None, pytest.approx(9.0))
+    assert prompt_variety([torch.ones(3, 2)], torch.zeros(3, dtype=torch.long)).inter is None
+    with pytest.raises(ValueError, match="together"):
+        prompt_variety([torch.ones(3, 2)], torch.tensor([0, 1, 0]))
+
+
+def test_variety_is_that_of_a_loop_over_pairs_whatever_the_batches():
+    x = 50 + torch.randn(9, 7, generator=torch.Generator().manual_seed(0))  # far from 0, where sums of squares would lose digits
+    prompt_of = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 4])
+    pairs = [(prompt_of[i], prompt_of[j], float((x[i] - x[j]).square().sum())) for i, j in combinations(range(9), 2)]
+    within = [[d for a, b, d in pairs if a == b == p] for p in (0, 2)]
+    between = [d for a, b, d in pairs if a != b]
+    for size in (1, 4, 9):
+        found = prompt_variety(x.split(size), prompt_of)
+        assert found.intra == pytest.approx(sum(sum(w) / len(w) for w in within) / 2, rel=1e-5)
+        assert found.inter == pytest.approx(sum(between) / len(between), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("judges")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "dino")
+    words = sd.write_tokenizer(folder / "clip")
+    ends = {"vocab_size": words.vocab_size, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    vision = {**sizes, "intermediate_size": 16, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, **ends, "intermediate_size": 16}, vision_config=vision, projection_dim=12
+    )
+    transformers.CLIPModel(config).save_pretrained(folder / "clip")
+    words.save_pretrained(folder / "clip")
+    return ["--dino", str(folder / "dino"), "--clip", str(folder / "clip"), "--scores", "dino", "clip", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    model = load_text_model(sd.write_pipeline(folder / "source"))
+    facts = {"prompt": "a prt cat"}
+    save_text_student(model.backbone, model.scheduler, [999], model.folder, folder / "run" / "student", facts)
+    settings = {"prompt": "a prt cat", "class_prompt": "a cat"}
+    (folder / "run" / RUN_FILE).write_text(json.dumps({"kind": "train", "settings": settings}))
+    return folder / "run"
+
+
+def evaluate(*words: object) -> int:
+    return main(["evaluate", *map(str, words), "--track", "sdp"])
+
+
+def test_a_run_and_a_folder_of_its_samples_score_the_same(run: Path, picture_folder: Path, judges: list[str], tmp_path: Path):
+    (tmp_path / "own.txt").write_text("a {} on the dog\nthe dog on a {}\n")
+    out, again = tmp_path / "a.json", tmp_path / "b.json"
+    words = ["--train", picture_folder, "--prompts", tmp_path / "own.txt", "--n", 3, "--seed", 5]
+    assert evaluate(run, *words, "--json", out, "--panel", tmp_path / "panel.png", *judges) == 0
+    first = json.loads(out.read_text())
+    assert (first["samples"], first["prompts"], first["photos"]) == (6, 2, 10)
+    assert first["texts"] == ["a cat on the dog", "the dog on a cat"], "without the rare word"
+    assert first["drawn_with"] == {"nfe": 1, "seeds": [5, 7], "prompts": ["a prt cat on the dog", "the dog on a prt cat"]}
+    assert all(-1 <= first[key] <= 1 for key in ("dino", "clip_i", "clip_t"))
+    assert first["intra_lpips"] is None
+    with Image.open(tmp_path / "panel.png") as sheet:
+        assert sheet.size == (3 * 64 + 4, 2 * 64 + 2)
+
+    drawn = tmp_path / "drawn"
+    prompts = [word for text in first["drawn_with"]["prompts"] for word in ("--prompt", text)]
+    assert main(["sample", str(run), "-n", "3", "--seed", "5", *prompts, "--out", str(drawn), "--device", "cpu"]) == 0
+    lines = [{"file_name": f"{row:02d}-{5 + i:06d}.png", "text": text} for i in range(3) for row, text in enumerate(first["texts"])]
+    (drawn / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert evaluate(drawn, "--train", picture_folder, "--json", again, *judges) == 0
+    second = json.loads(again.read_text())
+    for key in ("dino", "clip_i", "clip_t"):
+        assert second[key] == pytest.approx(first[key], abs=1e-5)
+
+
+def test_lpips_gives_both_varieties():
+    lpips = Lpips("alex", test_lpips.random_state("alex"), "x")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    drawn = Drawn(pixels[[0, 0, 1, 1]], ["a", "b"], torch.tensor([0, 0, 1, 1]), {})
+    found = score_subject(drawn, pixels, {"lpips": lpips})
+    apart = float((lpips(pixels[:1]) - lpips(pixels[1:])).square().sum())
+    assert found["intra_lpips"] == pytest.approx(0, abs=1e-6 * apart)
+    assert found["inter_lpips"] == pytest.approx(apart, rel=1e-4)
+    assert found["dino"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "add --train PHOTOS"),
+        (["--train", "PHOTOS", "--scores", "dino", "--dino", "nowhere"], "--dino or --clip FOLDER"),
+        (["--train", "PHOTOS", "--scores", "lpips"], "vgg16-397923af.pth"),
+        (["--train", "PHOTOS", "JUDGES", "--n", "0"], "must be at least 1"),
+        (["--train", "PHOTOS", "JUDGES", "--prompts", "nothing"], "no bundled list"),
+    ],
+)
+def test_what_is_missing_is_said(run: Path, picture_folder: Path, judges: list[str], words, sentence, capsys):
+    meant = [w for word in words for w in (judges if word == "JUDGES" else [picture_folder if word == "PHOTOS" else word])]
+    assert evaluate(run, *meant) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_folder_without_prompts_is_refused(picture_folder: Path, judges: list[str], capsys):
+    assert evaluate(picture_folder, "--train", picture_folder, *judges) == 2
+    assert "metadata.jsonl" in capsys.readouterr().err
