@@ -138,3 +138,49 @@ def test_what_is_missing_is_said(run: Path, picture_folder: Path, judges: list[s
 def test_a_folder_without_prompts_is_refused(picture_folder: Path, judges: list[str], capsys):
     assert evaluate(picture_folder, "--train", picture_folder, *judges) == 2
     assert "metadata.jsonl" in capsys.readouterr().err
+
+
+# -- what `unidad train` says to bad input on this track --------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(picture_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("00.png", "01.png"):
+        (folder / name).write_bytes((picture_folder / name).read_bytes())
+    return folder
+
+
+def train(run: Path, photos: Path, out: Path, *words: str) -> int:
+    sets = ("cycles=1", "fake_updates=1", "sample_every=0", "tracker=none", "precision=fp32")
+    quick = [word for setting in sets for word in ("--set", setting)]
+    source = ["--source", str(run.parent / "source"), "--target", str(photos), "--out", str(out), "--preset", "sdp"]
+    return main(["train", *source, "--device", "cpu", *quick, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "--prompt 'a prt cat'"),
+        (["--prompt", "a prt cat"], "--class-prompt 'a cat'"),
+        (["--prompt", "cat " * 80, "--class-prompt", "a cat"], "82 tokens, more than the 77"),
+    ],
+)
+def test_bad_prompts_end_in_a_sentence(run: Path, photos: Path, tmp_path: Path, words, sentence, capsys):
+    assert train(run, photos, tmp_path / "out", *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_photo_without_its_caption_is_named(run: Path, photos: Path, tmp_path: Path, capsys):
+    (photos / "00.txt").write_text("a prt cat on the dog")
+    assert train(run, photos, tmp_path / "out", "--prompt", "a prt cat", "--class-prompt", "a cat") == 2
+    assert "01.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rare_word_in_pieces_is_warned_of_before_training(run: Path, photos: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+    assert train(run, photos, tmp_path / "out", "--prompt", "a sks cat", "--class-prompt", "a cat") == 0
+    assert "'sks' only in pieces (s, k, s)" in capsys.readouterr().err
