@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from unidad.augment import augment
 from unidad.cli import main
 from unidad.distributed import _Rows, shared_draws
 from unidad.export import save_source
-from unidad.signals import Stopped
+from unidad.signals import STOPPING, Stopped
 
 pytestmark = pytest.mark.usefixtures("no_report")
 CODE = "import sys; from unidad import adapt, cli; adapt.write_report = lambda *_, **__: None; sys.exit(cli.main(sys.argv[1:]))"
@@ -36,18 +37,33 @@ ANCHORED = ("--set", "anchor=teacher", "--set", "anchor_weight=1", "--set", "anc
             "--set", "lr=1e-4")  # fmt: skip
 
 
-def launched(tmp_path: Path, count: int, arguments: list[str]) -> subprocess.Popen:
-    """`torchrun --nproc_per_node COUNT` of the command line; each process writes its number to a file of its own."""
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+# As by a power cut, in the second checkpoint: after its first file, before the manifest.
+DYING = """
+import os, signal
+from unidad import checkpoint
+save, written = checkpoint.save_file, []
+def dying(*args, **more):
+    save(*args, **more)
+    written.append(args)
+    if len({str(path.parent) for _, path in written}) == 2 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = dying
+"""
+
+
+def launched(tmp_path: Path, launcher: tuple[str, ...], arguments: list[str], first: str = "") -> subprocess.Popen:
+    """The command line by `torchrun` or another launcher; each process writes its number to a file of its own."""
     script = tmp_path / "unidad_without_report.py"
     script.write_text(
-        f"import os, pathlib\npathlib.Path({str(tmp_path)!r}, 'pid' + os.environ['RANK']).write_text(str(os.getpid()))\n{CODE}"
+        f"import os, pathlib\npathlib.Path({str(tmp_path)!r}, 'pid' + os.environ['RANK']).write_text(str(os.getpid()))\n{first}{CODE}"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), str(script)]
-    return subprocess.Popen([*torchrun, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", *launcher, str(script), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def together(tmp_path: Path, count: int, arguments: list[str]) -> str:
-    process = launched(tmp_path, count, arguments)
+    process = launched(tmp_path, (*TORCHRUN, str(count)), arguments)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out
@@ -223,7 +239,7 @@ def test_rows_of_draws_are_draws_of_the_whole() -> None:
 def test_one_process_killed(source: Path, picture_folder: Path, tmp_path: Path) -> None:
     """RELIABILITY case 10: the other ends with a message, and one process alone goes on."""
     out = tmp_path / "run"
-    process = launched(tmp_path, 2, words(source, picture_folder, out, cycles=200))
+    process = launched(tmp_path, (*TORCHRUN, "2"), words(source, picture_folder, out, cycles=200))
     wait_for(lambda: (out / "checkpoints" / "00000003").exists(), process)
     started = time.monotonic()
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
@@ -241,7 +257,7 @@ def test_one_process_killed(source: Path, picture_folder: Path, tmp_path: Path) 
 def test_one_process_is_asked_to_stop(source: Path, picture_folder: Path, tmp_path: Path, signum: int) -> None:
     """In mid cycle, where student samples are carried over: both stop at the same update, and another number of processes goes on."""
     out, whole = tmp_path / "run", tmp_path / "whole"
-    process = launched(tmp_path, 2, words(source, picture_folder, out, "--set", "lr=1e-4", cycles=20))
+    process = launched(tmp_path, (*TORCHRUN, "2"), words(source, picture_folder, out, "--set", "lr=1e-4", cycles=20))
     wait_for(lambda: (out / "checkpoints" / "00000003").exists(), process)
     os.kill(int((tmp_path / "pid1").read_text()), signum)
     _, text = process.communicate(timeout=60)
@@ -250,3 +266,74 @@ def test_one_process_is_asked_to_stop(source: Path, picture_folder: Path, tmp_pa
     assert main(words(source, picture_folder, out, "--resume", *alone, cycles=20)) == 0
     assert main(words(source, picture_folder, whole, *alone, cycles=20)) == 0
     assert_close(state(whole, 20), state(out, 20))
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_written(source: Path, picture_folder: Path, tmp_path: Path) -> None:
+    """The process that writes dies in mid checkpoint: the one before is whole, the other process says so and ends, one alone goes on."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    process = launched(tmp_path, (*TORCHRUN, "2"), words(source, picture_folder, out, cycles=5), first=DYING)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "unidad: Another process of this run has ended" in text, text
+    assert checkpoint.names(out / "checkpoints") == ["00000001"]
+    whole_batch = ("--set", "batch_size=4")
+    assert main(words(source, picture_folder, out, "--resume", *whole_batch, cycles=5)) == 0
+    assert main(words(source, picture_folder, whole, *whole_batch, cycles=5)) == 0
+    assert_close(state(whole, 5), state(out, 5))
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_processes_are_one(source: Path, picture_folder: Path, tmp_path: Path) -> None:
+    """The recipe of docs/distributed.md on this machine's loopback: two launchers that know of each other by address alone."""
+    four, one = tmp_path / "four", tmp_path / "one"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = []
+    for node in range(2):
+        where = ("--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", port)
+        launcher = ("torch.distributed.run", *where, "--nproc_per_node", "2")
+        nodes.append(launched(tmp_path, launcher, words(source, picture_folder, four, *ANCHORED, cycles=4)))
+    for process in nodes:
+        _, text = process.communicate(timeout=300)
+        assert process.returncode == 0, text
+    assert main(words(source, picture_folder, one, *ANCHORED, "--set", "batch_size=8", cycles=4)) == 0
+    assert_close(state(one, 4), state(four, 4))
+    assert sorted(p.name for p in tmp_path.glob("pid*")) == ["pid0", "pid1", "pid2", "pid3"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch(source: Path, picture_folder: Path, tmp_path: Path) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    options = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    process = launched(tmp_path, ("accelerate.commands.launch", *options), words(source, picture_folder, two, cycles=2))
+    _, text = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert (tmp_path / "pid1").exists(), "two processes ran"
+    assert main(words(source, picture_folder, one, "--set", "batch_size=4", cycles=2)) == 0
+    assert_close(state(one, 2), state(two, 2))
+
+
+def test_what_a_cycle_reduces(tmp_path: Path, picture_folder: Path) -> None:
+    """docs/distributed.md: 4 bytes for each weight of student, target teacher and k times fake teacher and heads, and a few numbers."""
+    table, sent = Table(2), []
+
+    class Counting(Seat):
+        def reduce(self, x: torch.Tensor, reduction: str) -> torch.Tensor:
+            if self.process_index == 0:
+                sent.append(x.numel() * x.element_size())
+            return super().reduce(x, reduction)
+
+    def cycle(rank: int) -> dict[str, int]:
+        trainer = make(tmp_path, picture_folder, tiny.unidad(fake_updates=3), Counting(table, rank), cycles=1)
+        for phase in trainer.method.cycle_phases(0):
+            for _ in range(phase.repeats):
+                trainer.update(phase)
+        return {name: 4 * sum(p.numel() for p in network.parameters()) for name, network in trainer.method.networks.items()}
+
+    with ThreadPoolExecutor(2) as pool:
+        size, _ = pool.map(cycle, range(2))
+    weights = size["student"] + size["target_teacher"] + 3 * (size["fake_teacher"] + size["heads"])
+    updates, number = 5, 8 * (1 + len(STOPPING))
+    assert sum(sent) == weights + updates * number
