@@ -15,12 +15,14 @@ from test_sdp import floats, settings, tensors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from unidad.adapt import build_method, train
+from unidad.architectures import TEXT_UNETS, text_unet
 from unidad.backbones import load_text
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import TIME_IDS
 from unidad.commands import export_run, load_product, sample_to_folder
 from unidad.errors import ModelError
 from unidad.ingredients_text import gather_text
+from unidad.plan import plan
 from unidad.run import RunFolder
 
 CPU = torch.device("cpu")
@@ -311,3 +313,21 @@ def test_a_pipeline_without_its_second_encoder_is_refused(folder: Path, tmp_path
     assert json.loads((folder / "model_index.json").read_text())["text_encoder_2"]
     with pytest.raises(ModelError, match="has no text_encoder_2"):
         load_text.load_text_model(tmp_path / "m")
+
+
+def test_the_plan_knows_sdxl_by_folder_and_by_name(folder: Path, rank: int, tmp_path: Path):
+    unet = text_unet(TEXT_UNETS["sdxl"]).unet
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684  # of the published base model
+    for file in ("model_index.json", "unet/config.json"):  # no weights are read
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    found = plan(settings(tmp_path, lora_rank=rank))
+    net = load_text.load_text_model(folder).backbone
+    whole = 4 * sum(p.numel() for p in net.parameters())
+    role = 4 * sum(p.numel() for p in LoraRole(net, "student", rank, net.prompts).parameters()) if rank else whole
+    told = 4 * 2 * 78 * 40
+    assert found.weights["student"] == role + told
+    assert found.weights["source_teacher"] == (0 if rank else whole) + told
+    assert found.weights.get("base") == (whole if rank else None)
+    assert found.optimizer == 2 * (3 * role + found.weights["heads"])
+    assert min(found.activations.values()) > 0

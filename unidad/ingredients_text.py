@@ -138,7 +138,7 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
     Raises:
         UserError: something is missing, damaged or does not fit; says which.
     """
-    _check(settings)
+    check_text_settings(settings)
     source = load_text_model(settings.source)
     student_init = None if settings.student_init == "source" else load_text_model(settings.student_init)
     adapted = None if settings.target_teacher in ("online", "off") else load_text_model(settings.target_teacher)
@@ -167,7 +167,8 @@ def _tell(settings: TrainSettings, folder: Path, captions: list[str]) -> tuple[d
     return told, torch.tensor([ours.index(caption) for caption in captions])
 
 
-def _check(settings: TrainSettings) -> None:
+def check_text_settings(settings: TrainSettings) -> None:
+    """Raise SettingsError where settings do not fit a text-to-image source."""
     if not settings.prompt:
         raise SettingsError(
             f"'{settings.source}' is a text-to-image model: say what the pictures show, for example --prompt 'a prt cat' --class-prompt 'a cat'."
