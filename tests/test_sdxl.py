@@ -116,7 +116,7 @@ def rank(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def run(folder: Path, rank: int, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    s = settings(folder, lora_rank=rank, lr=1e-2, sample_every=1)
+    s = settings(folder, lora_rank=rank, lr=1e-2, fake_updates=1, sample_every=1)
     return train(picture_folder, tmp_path_factory.mktemp("runs") / "cat", s)
 
 
@@ -230,7 +230,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     run: RunFolder, rank: int, folder: Path, picture_folder: Path, tmp_path: Path, monkeypatch
 ):
     monkeypatch.setattr("unidad.adapt.finish", lambda *_: None)  # the checkpoints are compared
-    values = {"lora_rank": rank, "lr": 1e-2}
+    values = {"lora_rank": rank, "lr": 1e-2, "fake_updates": 1}
     train(picture_folder, tmp_path / "again", settings(folder, cycles=1, **values))
     again = train(picture_folder, tmp_path / "again", settings(folder, **values), resume=True)
     whole, resumed = tensors(run), tensors(again)
