@@ -134,8 +134,9 @@ def _load_unet(folder: Path, sdxl: bool) -> UNet2DConditionModel:
         extras = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds")
         named = [extra for extra in extras if config.get(extra) not in ((None, "text_time") if sdxl else (None,))]
         wrong = f"wants a condition besides the prompt ('{named[0]}')" if named else None
-    room = config.get("cross_attention_dim") if isinstance(config.get("cross_attention_dim"), int) else 0
-    if not wrong and sdxl and not 0 < (pooled_width(config) or 0) <= room - TIME_IDS:
+    width = config.get("cross_attention_dim")
+    room = width - TIME_IDS if isinstance(width, int) else 0
+    if not wrong and sdxl and not 0 < (pooled_width(config) or 0) <= room:
         wrong = "takes no pooled prompt and sizes as SDXL's does"
     if wrong:
         raise ModelError(
