@@ -31,7 +31,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's LoRA as the run writes it, neither of its factors zero."""
     base = sd.backbone()
     role = LoraRole(base, "student", RANK, base.prompts)
@@ -40,7 +40,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in role.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     out = tmp_path_factory.mktemp("run") / "lora"
-    save_lora(role, dict(sd.scheduler().config), [999], out, {"prompt": "a prt cat"})
+    save_lora(role, dict(sd.scheduler().config), [999], pipeline, out, {"prompt": "a prt cat"})
     return out / LORA_WEIGHTS
 
 

@@ -42,7 +42,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(folder: Path):
 def test_latents_and_pictures(folder: Path):
     model = load_text.load_text_model(folder)
     vae = load_text.load_vae(folder)
-    assert load_text.picture_side(model) == 16
+    assert load_text.picture_side(model.folder) == 16
     pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = load_text.encode_pictures(vae, pictures)
     assert latents.shape == (3, *model.backbone.shape)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from unidad.backbones.load import Model, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.backbones.unet2d_cond import UNet2DCondBackbone, pooled_width
 from unidad.errors import SettingsError, did_you_mean
 from unidad.noise import NoiseSchedule
 
@@ -103,3 +105,32 @@ def random_model(name: str, seed: int = 0) -> Model:
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
     backbone = UNet2DBackbone(unet, NoiseSchedule(scheduler.alphas_cumprod), "epsilon").eval()
     return Model(backbone, dict(scheduler.config), name, "random")
+
+
+# UNets of text-to-image models, as arguments of `UNet2DConditionModel`: what `--plan` can count with no folder at hand.
+TEXT_UNETS: dict[str, dict[str, Any]] = {
+    "sd-1.5": {"sample_size": 64, "cross_attention_dim": 768},
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def text_unet(config: Mapping[str, Any]) -> UNet2DCondBackbone:
+    """A network of that configuration without weights, on the meta device, under one prompt of 77 tokens and the empty one."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+        tokens = 77 + (pooled_width(unet.config) is not None)
+        prompts = torch.zeros(2, tokens, unet.config.cross_attention_dim)
+    schedule = NoiseSchedule(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
+    return UNet2DCondBackbone(unet, schedule, "epsilon", prompts).eval()

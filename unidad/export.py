@@ -97,7 +97,7 @@ def write_pipeline(pipeline: Any, out: Path, notes: dict[str, Any], card: str, h
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
-        pipeline.save_pretrained(staged, safe_serialization=True)
+        pipeline.save_pretrained(staged, safe_serialization=True, max_shard_size="1TB")  # SDXL in float32 would be split
         (staged / STUDENT_FILE).write_text(json.dumps(notes, indent=1) + "\n")
         (staged / "README.md").write_text(card, encoding="utf-8")
         for config in [*staged.glob("*/config.json"), *staged.glob("*/*_config.json")]:

@@ -1,4 +1,4 @@
-"""Writes text-to-image students as whole stock `StableDiffusionPipeline` folders with a model card."""
+"""Writes text-to-image students as whole stock pipeline folders (Stable Diffusion, SDXL) with a model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from unidad.backbones.load_text import load_text_encoder, load_tokenizer, load_vae
+from unidad.backbones.load_text import is_sdxl, load_vae, pipeline_name, text_parts, zero_empty_prompt
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.errors import CheckpointError
@@ -25,7 +25,7 @@ def save_text_student(
     facts: dict[str, Any],
     half: bool = False,
 ) -> None:
-    """Write a few-step student with the VAE, text encoder and tokenizer of its source; replaces `out` in one step.
+    """Write a few-step student with the VAE, text encoders and tokenizers of its source; replaces `out` in one step.
 
     Args:
         folder: pipeline folder that the other parts are taken from.
@@ -35,39 +35,45 @@ def save_text_student(
     Raises:
         CheckpointError: if the disk refuses.
     """
-    text_encoder, tokenizer = load_text_encoder(folder), load_tokenizer(folder)
-    from diffusers import StableDiffusionPipeline  # which imports transformers
-
-    pipeline = StableDiffusionPipeline(
-        vae=load_vae(folder),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=plain_unet(backbone),
-        scheduler=lcm_scheduler(scheduler, steps),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = text_parts(folder) | {
+        "vae": load_vae(folder),
+        "unet": plain_unet(backbone),
+        "scheduler": lcm_scheduler(scheduler, steps),
+    }
+    pipeline = _pipeline_class(folder)(**parts, **_options(folder))
     on_lcm_grid = steps == backbone.schedule.student_steps(len(steps), "lcm")
-    write_pipeline(pipeline, out, facts | {"student_steps": steps}, _card(steps, facts, on_lcm_grid), half)
+    write_pipeline(pipeline, out, facts | {"student_steps": steps}, _card(steps, facts, on_lcm_grid, pipeline_name(folder)), half)
 
 
-def save_lora(role: LoraRole, scheduler: dict[str, Any], steps: list[int], out: Path, facts: dict[str, Any]) -> None:
+def _pipeline_class(folder: Path) -> Any:
+    import diffusers  # whose pipelines import transformers
+
+    return getattr(diffusers, pipeline_name(folder))
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    if is_sdxl(folder):
+        return {"force_zeros_for_empty_prompt": zero_empty_prompt(folder), "add_watermarker": False}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def save_lora(role: LoraRole, scheduler: dict[str, Any], steps: list[int], folder: Path, out: Path, facts: dict[str, Any]) -> None:
     """Write an adapter as `pytorch_lora_weights.safetensors`, with the scheduler and a card; replaces files of these names in `out`.
+
+    Args:
+        folder: pipeline folder that it fits.
 
     Raises:
         CheckpointError: if the disk refuses.
     """
-    from diffusers import StableDiffusionPipeline
-
     on_lcm_grid = steps == role.schedule.student_steps(len(steps), "lcm")
     layers = {name: value.detach().cpu().contiguous() for name, value in role.adapter_state().items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=layers, safe_serialization=True)
+        _pipeline_class(folder).save_lora_weights(out, unet_lora_layers=layers, safe_serialization=True)
         (out / LORA_WEIGHTS).chmod(0o644)
         lcm_scheduler(scheduler, steps).save_pretrained(out / "scheduler")
-        (out / "README.md").write_text(_lora_card(steps, facts, on_lcm_grid), encoding="utf-8")
+        (out / "README.md").write_text(_lora_card(steps, facts, on_lcm_grid, pipeline_name(folder)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"'{out}' cannot be written: {error}. Free some space.") from None
 
@@ -78,7 +84,7 @@ def sampling_call(steps: list[int], on_lcm_grid: bool) -> str:
     return f"{grid}, guidance_scale=1.0"
 
 
-def _card(steps: list[int], facts: dict[str, Any], on_lcm_grid: bool) -> str:
+def _card(steps: list[int], facts: dict[str, Any], on_lcm_grid: bool, pipeline: str) -> str:
     k, prompt = len(steps), facts["prompt"]
     return f"""---
 library_name: diffusers
@@ -92,12 +98,12 @@ tags: [text-to-image, few-step, uni-dad]
 
 ```python
 import torch
-from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
+from diffusers import {pipeline}
+pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
 pipe({prompt!r}, {sampling_call(steps, on_lcm_grid)}).images[0]
 ```
 
-Give these arguments as shown: the pipeline's own 50 steps and guidance of 7.5 are not what this model was trained for.
+Give these arguments as shown: the pipeline's own 50 steps and guidance are not what this model was trained for.
 The same picture as `unidad sample --seed 0`: add `generator=torch.Generator().manual_seed(0)`.
 There is no safety checker in this folder.
 
@@ -106,7 +112,7 @@ The pictures' licence and the source model's licence both bind what is made with
 """
 
 
-def _lora_card(steps: list[int], facts: dict[str, Any], on_lcm_grid: bool) -> str:
+def _lora_card(steps: list[int], facts: dict[str, Any], on_lcm_grid: bool, pipeline: str) -> str:
     return f"""---
 library_name: diffusers
 tags: [text-to-image, lora, few-step, uni-dad]
@@ -116,8 +122,8 @@ tags: [text-to-image, lora, few-step, uni-dad]
 {facts.get("about", "")}
 
 ```python
-from diffusers import LCMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THE_SOURCE", use_safetensors=True)
+from diffusers import LCMScheduler, {pipeline}
+pipe = {pipeline}.from_pretrained("PATH_OF_THE_SOURCE", use_safetensors=True)
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
 pipe.scheduler = LCMScheduler.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe({facts["prompt"]!r}, {sampling_call(steps, on_lcm_grid)}).images[0]

@@ -113,11 +113,11 @@ class TextIngredients(Ingredients):
         return draw(product, GRID_SAMPLES, steps=self.student_steps, batch_size=DRAWN_AT_ONCE, label=0, decode=decode)
 
     def save(self, product: Backbone, out: Path, facts: dict[str, Any]) -> None:
-        """Write the product as a stock `StableDiffusionPipeline` folder."""
+        """Write the product as a stock folder of the source's own pipeline."""
         assert isinstance(product, UNet2DCondBackbone)
         assert self.student_steps is not None
         if isinstance(product, LoraRole):
-            save_lora(product, self.source.scheduler, self.student_steps, out.with_name("lora"), facts)
+            save_lora(product, self.source.scheduler, self.student_steps, self.folder, out.with_name("lora"), facts)
             product = product.merged()
         save_text_student(product, self.source.scheduler, self.student_steps, self.folder, out, facts)
 
@@ -138,7 +138,7 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
     Raises:
         UserError: something is missing, damaged or does not fit; says which.
     """
-    _check(settings)
+    check_text_settings(settings)
     source = load_text_model(settings.source)
     student_init = None if settings.student_init == "source" else load_text_model(settings.student_init)
     adapted = None if settings.target_teacher in ("online", "off") else load_text_model(settings.target_teacher)
@@ -147,7 +147,7 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
             refuse_other_shape(source, model)
     steps = student_steps(settings, source.backbone.schedule)
     place = bundled_path(str(target), "targets")
-    pictures = load_folder(place, picture_side(source))
+    pictures = load_folder(place, picture_side(source.folder))
     told, captions = _tell(settings, source.folder, read_captions(place, pictures.names) or [settings.prompt] * len(pictures))
     vae = load_vae(source.folder).to(pick_device(settings.device))
     signed = to_signed(pictures.pixels).to(vae.device)
@@ -167,7 +167,8 @@ def _tell(settings: TrainSettings, folder: Path, captions: list[str]) -> tuple[d
     return told, torch.tensor([ours.index(caption) for caption in captions])
 
 
-def _check(settings: TrainSettings) -> None:
+def check_text_settings(settings: TrainSettings) -> None:
+    """Raise SettingsError where settings do not fit a text-to-image source."""
     if not settings.prompt:
         raise SettingsError(
             f"'{settings.source}' is a text-to-image model: say what the pictures show, for example --prompt 'a prt cat' --class-prompt 'a cat'."
@@ -213,7 +214,7 @@ def declared_wrongly(backbone: Backbone, latents: Tensor, prompts: Tensor) -> li
     alpha, sigma = schedule.alpha_sigma(t)
     eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     x_t = alpha * latents + sigma * eps
-    output = backbone.unet(x_t, t, encoder_hidden_states=prompts[:1].expand(len(latents), -1, -1), return_dict=False)[0]
+    output = backbone.unet(x_t, t, **backbone.told(prompts[:1].expand(len(latents), -1, -1)), return_dict=False)[0]
     likeness = {
         name: float(torch.cosine_similarity(output.flatten(), from_x0(latents, x_t, alpha, sigma, name).flatten(), dim=0))
         for name in (kind, other)

@@ -20,13 +20,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from unidad.adapt import build_method
-from unidad.backbones.load import load_model
+from unidad.architectures import TEXT_UNETS, text_unet
+from unidad.backbones.load import find_folder, load_model, read_json
+from unidad.backbones.load_text import TextModel, is_text_to_image
+from unidad.backbones.lora import LoraRole
 from unidad.bench import matmul_rate
 from unidad.config import TrainSettings
 from unidad.data import PictureSet
 from unidad.device import pick_device, use_bf16
 from unidad.errors import SettingsError
-from unidad.ingredients import Ingredients, fitting_steps
+from unidad.ingredients import Ingredients, fitting_steps, student_steps
+from unidad.ingredients_text import TextIngredients, check_text_settings
 from unidad.methods.base import Method, Phase, only_training
 
 GB = 1e9
@@ -37,7 +41,7 @@ class Plan:
     """Bytes by part.
 
     Attributes:
-        weights: of each network by name, and "source as read" where the device is the CPU, which then holds it too.
+        weights: of each network by name, of the "base" that adapters share, and "source as read" where the device is the CPU, which then holds it too.
         gradients: of the phase that has most; the others' are freed by then.
         optimizer: AdamW's two moments of every trained network.
         average: the averaged product (EMA).
@@ -89,10 +93,10 @@ def plan(settings: TrainSettings) -> Plan:
     """
     with _fake_method(settings) as method:
         activations = {phase.name: _activations(method, phase, settings) for phase in _all_phases(method)}
-    weights = {name: size(network) for name, network in method.networks.items()}
+        weights = {name: size(network) for name, network in method.networks.items()} | _base_size(method)
     trained = {name: _trainable(method.networks[name]) for name in method.trained()}
     if pick_device(settings.device).type == "cpu":
-        weights["source as read"] = weights[method.product]
+        weights["source as read"] = weights.get("base", weights[method.product])
     return Plan(
         weights=weights,
         gradients=max(sum(trained[name] for name in phase.trains) for phase in method.phases),
@@ -111,14 +115,52 @@ def _trainable(network: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in network.parameters())
 
 
+def _base(method: Method) -> nn.Module | None:
+    """The network that the roles of a method share, where they are adapters."""
+    product = method.networks[method.product]
+    return product.unet if isinstance(product, LoraRole) else None
+
+
+def _base_size(method: Method) -> dict[str, int]:
+    base = _base(method)
+    roles = sum(_trainable(method.networks[name]) for name in method.trained() if name != "heads")
+    return {} if base is None else {"base": size(base) - roles}
+
+
+def _text_parts(settings: TrainSettings) -> TextIngredients | None:
+    """Where the source is a text-to-image folder or the name of such an architecture: it, without weights."""
+    if settings.source in TEXT_UNETS:
+        config = TEXT_UNETS[settings.source]
+    elif is_text_to_image(settings.source):
+        config = read_json(find_folder(settings.source) / "unet" / "config.json")
+    else:
+        return None
+    check_text_settings(settings)
+    backbone = text_unet(config)
+    source = TextModel(backbone, {}, settings.source, "")
+    given = settings.target_teacher not in ("online", "off")
+    init, adapted = None if settings.student_init == "source" else source, source if given else None
+    told = dict.fromkeys(("student", "source_teacher"), backbone.prompts)
+    nothing, steps = (
+        PictureSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["none"], "none"),
+        student_steps(settings, backbone.schedule),
+    )
+    latents, captions = torch.zeros(1, *backbone.shape), torch.zeros(1, dtype=torch.long)
+    return TextIngredients(source, nothing, init, adapted, steps, latents, latents, captions, settings.lora_rank, told)
+
+
 def _method_without_weights(settings: TrainSettings) -> Method:
+    device, generator = torch.device("meta"), torch.Generator().manual_seed(0)
+    text = _text_parts(settings)
+    if text is not None:
+        return build_method(settings, text, device, generator)
     source = load_model(settings.source, weights=False)
     steps = fitting_steps(settings, source)
     given = settings.target_teacher not in ("online", "off")
     nothing = PictureSet(torch.zeros(1, *source.backbone.shape, dtype=torch.uint8), ["none"], "none")
     init = None if settings.student_init == "source" else source
     parts = Ingredients(source, nothing, init, source if given else None, steps)
-    return build_method(settings, parts, torch.device("meta"), torch.Generator().manual_seed(0))
+    return build_method(settings, parts, device, generator)
 
 
 @contextmanager
@@ -127,9 +169,17 @@ def _fake_method(settings: TrainSettings) -> Iterator[Method]:
     planned = replace(settings, rollout_grad="last") if settings.rollout_grad == "random" else settings
     method = _method_without_weights(planned)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for network in method.networks.values():
+        for network in _modules(method):
+            if isinstance(network, LoraRole):  # its adapter is emptied with the base
+                network.prompts = torch.zeros(network.prompts.shape)
+                continue
             network.to_empty(device="cpu")  # fake: where the numbers would be does not change how many there are
         yield method
+
+
+def _modules(method: Method) -> list[nn.Module]:
+    base = _base(method)
+    return [*method.networks.values(), *([] if base is None else [base])]
 
 
 def _all_phases(method: Method) -> list[Phase]:
@@ -148,7 +198,7 @@ def _as_in_training(method: Method, phase: Phase, settings: TrainSettings) -> It
 
 
 def _activations(method: Method, phase: Phase, settings: TrainSettings) -> int:
-    known = {t.untyped_storage()._cdata for n in method.networks.values() for t in [*n.parameters(), *n.buffers()]}
+    known = {t.untyped_storage()._cdata for n in _modules(method) for t in [*n.parameters(), *n.buffers()]}
     with _as_in_training(method, phase, settings) as pictures, _Alive(known) as alive:
         losses = phase.loss(pictures)
         kept = alive.bytes
@@ -232,7 +282,8 @@ def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = No
     if free is None or found.total <= free:
         return
     advice = [
-        ("gradient_checkpointing=true", not settings.gradient_checkpointing),
+        ("gradient_checkpointing=true", not settings.gradient_checkpointing and not settings.prompt),
+        ("lora_rank=64", bool(settings.prompt) and not settings.lora_rank),
         ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
         ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),
         ("precision=bf16", not use_bf16(settings.precision, pick_device(settings.device))),

@@ -37,6 +37,10 @@ HUB_FILES = [
     "text_encoder/model.safetensors",
     "tokenizer/*.json",
     "tokenizer/*.txt",
+    "text_encoder_2/*.json",
+    "text_encoder_2/model.safetensors",
+    "tokenizer_2/*.json",
+    "tokenizer_2/*.txt",
 ]
 # The settings that say what a noise schedule is; a scheduler's other settings say how to sample with it.
 SCHEDULE_KEYS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -40,7 +41,7 @@ class UNet2DBackbone(Backbone):
         """Run plain predictions through torch.compile; passes that collect features stay eager, as their blocks are hooked."""
         self.unet.compile()
 
-    def _condition(self, labels: Tensor | None) -> dict[str, Tensor | None]:
+    def _condition(self, labels: Tensor | None) -> dict[str, Any]:
         return {"class_labels": labels}
 
     def _to_x0(self, raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unidad.backbones.load import find_folder, load_network, read_json, refuse_custom_code
-from unidad.backbones.load_text import PIPELINE, load_text_encoder, load_tokenizer, load_vae
+from unidad.backbones.load_text import SD, load_text_encoder, load_tokenizer, load_vae
 from unidad.backbones.single_file import STABLE_DIFFUSION, VAE, Shapes, family, read_shapes
 from unidad.convert.ldm import to_ldm
 from unidad.errors import CheckpointError, ModelError
@@ -105,8 +105,8 @@ def write_weights(path: Path, weights: dict[str, Tensor], metadata: Mapping[str,
 def _check_config(folder: Path) -> None:
     index = read_json(folder / "model_index.json")
     refuse_custom_code(folder, index)
-    if index.get("_class_name") != PIPELINE:
-        raise ModelError(f"'{folder}' is a {index.get('_class_name')}; a {PIPELINE} (SD 1.x, 2.x) is needed.")
+    if index.get("_class_name") != SD:
+        raise ModelError(f"'{folder}' is a {index.get('_class_name')}; a {SD} (SD 1.x, 2.x) is needed.")
     for name in SMALL:
         read_json(folder / name)
     load_tokenizer(folder)
