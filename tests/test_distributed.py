@@ -337,3 +337,18 @@ def test_what_a_cycle_reduces(tmp_path: Path, picture_folder: Path) -> None:
     weights = size["student"] + size["target_teacher"] + 3 * (size["fake_teacher"] + size["heads"])
     updates, number = 5, 8 * (1 + len(STOPPING))
     assert sum(sent) == weights + updates * number
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(source: Path, tmp_path: Path) -> None:
+    """File by file, none twice and none missing."""
+
+    def asked(out: str, n: int) -> list[str]:
+        words = ["sample", str(source), "-n", str(n), "--steps", "3", "--batch-size", "2", "--device", "cpu"]
+        return [*words, "--out", str(tmp_path / out)]
+
+    said = together(tmp_path, 2, asked("two", 7))
+    assert said.split() == [str(tmp_path / "two" / "grid.png")], "only one process speaks"
+    assert main(asked("one", 7)) == 0
+    files = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()} == files

@@ -34,6 +34,23 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_share_the_batches_out(count, tmp_path):
+    def draw(n: int, first: int) -> torch.Tensor:
+        drawn.append((n, first))
+        return torch.zeros(n, 3, 8, 8, dtype=torch.uint8)
+
+    shares = []
+    for rank in range(count):
+        drawn: list[tuple[int, int]] = []
+        fill(tmp_path, 11, 5, 2, draw, rank, count)
+        shares.append(drawn)
+    together = sorted(first for share in shares for _, first in share)
+    assert together == [5, 7, 9, 11, 13, 15]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i:06d}.png" for i in range(5, 16)]
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
     net = tiny.backbone(1)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -22,12 +23,13 @@ from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
 from unidad.device import pick_device
+from unidad.distributed import Ranks
 from unidad.errors import CheckpointError, DataError, SettingsError
 from unidad.export import made, save_source, save_student
 from unidad.export_text import save_text_student
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
-from unidad.samples_folder import GRID, fill, new_folder, open_samples, refuse_full_folder, weights_digest
+from unidad.samples_folder import GRID, fill, grid_of, new_folder, open_samples, refuse_full_folder, weights_digest
 
 DEFAULT_DDIM_STEPS = 50
 
@@ -152,8 +154,10 @@ def sample_to_folder(
     label: int | None = None,
     prompts: Sequence[str] = (),
     resume: bool = False,
-) -> Path:
+) -> Path | None:
     """Draw n pictures into a folder, named by their seed, with a grid.png; returns the grid's path.
+
+    Several processes, as `torchrun` starts them, share the pictures out; None in all but the first.
 
     With `resume` a folder that was broken off is gone on with, and ends as if it had not been; also with a larger n.
 
@@ -174,8 +178,19 @@ def sample_to_folder(
     _check_numbers(n, steps, seed, batch_size)
     made_with = {"model": weights_digest(model.backbone), "steps": steps, "seed": seed, "label": label, "batch_size": batch_size}
     _check_drawing(model, steps, label)
-    folder = open_samples(out, made_with, resume)
-    return fill(folder, n, seed, batch_size, lambda count, start: draw_from(model, count, steps, start, batch_size, device, label))
+    ranks = Ranks(Accelerator(cpu=pick_device(device).type == "cpu"))
+    if ranks.first:
+        open_samples(out, made_with, resume)
+    ranks.wait()
+    folder = Path(out)
+    draw_some = partial(_draw_some, model, steps, batch_size, device, label)
+    fill(folder, n, seed, batch_size, draw_some, ranks.rank, ranks.count)
+    ranks.wait()
+    return grid_of(folder, n, seed) if ranks.first else None
+
+
+def _draw_some(model: Model, steps: int | None, batch_size: int, device: str, label: int | None, n: int, seed: int) -> Tensor:
+    return draw_from(model, n, steps, seed, batch_size, device, label)
 
 
 def _save_prompts(pixels: Tensor, prompts: Sequence[str], seed: int, folder: Path) -> Path:

@@ -85,8 +85,10 @@ def _facts(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def fill(folder: Path, n: int, seed: int, batch_size: int, draw: Callable[[int, int], Tensor]) -> Path:
-    """Draw the pictures that are not there, batch by batch, and a grid of the first; returns the grid's path.
+def fill(
+    folder: Path, n: int, seed: int, batch_size: int, draw: Callable[[int, int], Tensor], rank: int = 0, count: int = 1
+) -> None:
+    """Draw the pictures that are not there, batch by batch; of `count` processes this one, `rank`, draws every count-th batch.
 
     A batch with a picture missing is drawn whole, so that its pictures are those of a run that was never broken off, to the bit.
 
@@ -94,13 +96,18 @@ def fill(folder: Path, n: int, seed: int, batch_size: int, draw: Callable[[int, 
         draw: (count, first seed) -> pictures [count, 3, H, W] uint8.
     """
     names = [folder / f"{i:06d}.png" for i in range(seed, seed + n)]
-    for start in range(0, n, batch_size):
+    for start in range(rank * batch_size, n, count * batch_size):
         batch = names[start : start + batch_size]
         if not all(file.exists() for file in batch):
             for file, picture in zip(batch, draw(len(batch), seed + start), strict=True):
                 if not file.exists():
                     _write_whole(file, picture)
-    first = load_files(names[:SHOWN], Image.open(names[0]).height, folder).pixels
+
+
+def grid_of(folder: Path, n: int, seed: int) -> Path:
+    """Write grid.png, the first of the n pictures; returns its path."""
+    names = [folder / f"{i:06d}.png" for i in range(seed, seed + min(n, SHOWN))]
+    first = load_files(names, Image.open(names[0]).height, folder).pixels
     scale = max(1, 64 // first.shape[-1])
     picture_grid(first, columns=min(16, max(4, round(n**0.5))), scale=scale).save(folder / GRID)
     return folder / GRID

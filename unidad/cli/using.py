@@ -147,7 +147,9 @@ def _sample(args: argparse.Namespace, _console: Console) -> int:
     from unidad.commands import sample_to_folder
 
     numbers = (args.steps, args.seed, args.batch_size, args.device, args.class_label)
-    print(sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt, args.resume))
+    grid = sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt, args.resume)
+    if grid is not None:  # in the first of several processes
+        print(grid)
     return 0
 
 
