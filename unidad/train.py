@@ -24,6 +24,7 @@ from unidad.errors import CheckpointError, NonFiniteError
 from unidad.guards import DeferredGuard
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
+from unidad.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
 from unidad.run import RunFolder
 from unidad.signals import STOPPING, Stopped, passing_on
 
@@ -73,7 +74,9 @@ class Trainer:
         self.log, self.generator, self.sampler, self.accelerator = log, generator, sampler, accelerator
         self.place = Place(updates=dict.fromkeys(method.trained(), 0))
         self.rates = {name: (rates or {}).get(name) or settings.lr for name in method.trained()}
-        self.optimizers = {name: self._optimizer(name) for name in method.trained()}
+        self.optimizers = {
+            name: make_optimizer(method.networks[name].parameters(), settings, self.rates[name]) for name in method.trained()
+        }
         self.ema = AveragedModel(method.networks[method.product], multi_avg_fn=self._ramped_average) if settings.ema else None
         self.ranks = Ranks(accelerator)
         # Several processes hear of each other's losses in every update anyway.
@@ -86,17 +89,6 @@ class Trainer:
         self._saving: dict[str, float] = {}
         self._autocast = torch.autocast(
             stream.pixels.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, stream.pixels.device)
-        )
-
-    def _optimizer(self, name: str) -> torch.optim.AdamW:
-        s = self.settings
-        parameters = list(self.method.networks[name].parameters())
-        return torch.optim.AdamW(
-            parameters,
-            lr=self.rates[name],
-            betas=(s.beta1, s.beta2),
-            weight_decay=s.weight_decay,
-            fused=parameters[0].device.type != "mps",
         )
 
     @property
@@ -315,7 +307,7 @@ class Trainer:
         tensors: dict[str, dict[str, Tensor]] = {}
         for name in self.method.trained():
             tensors[f"network.{name}"] = dict(self.method.networks[name].state_dict())
-            tensors[f"optimizer.{name}"] = _optimizer_tensors(self.optimizers[name])
+            tensors[f"optimizer.{name}"] = optimizer_tensors(self.optimizers[name])
         if self.ema is not None:
             tensors["ema"] = dict(self.ema.state_dict())
         tensors["random"] = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
@@ -364,7 +356,7 @@ class Trainer:
         try:
             for name in self.method.trained():
                 self.method.networks[name].load_state_dict(snapshot.tensors[f"network.{name}"], strict=True)
-                _restore_optimizer(self.optimizers[name], snapshot.tensors[f"optimizer.{name}"])
+                restore_optimizer(self.optimizers[name], snapshot.tensors[f"optimizer.{name}"])
             if self.ema is not None:
                 self.ema.load_state_dict(snapshot.tensors["ema"], strict=True)
             self.generator.set_state(snapshot.tensors["random"]["generator"])
@@ -392,21 +384,3 @@ def _checkpoint_name(place: Place) -> str:
 
 def _bytes(network: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in network.state_dict().values())
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {f"{i}.{key}": value for i, slot in optimizer.state_dict()["state"].items() for key, value in slot.items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, slot in state.items():
-        if slot["exp_avg"].shape != parameters[index].shape:
-            raise ValueError(f"optimizer state {index} has shape {tuple(slot['exp_avg'].shape)}")
-        for key, value in slot.items():  # fused AdamW goes through memory: moments must lie there as the weights do
-            slot[key] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value) if value.ndim else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
