@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from unidad.data import PictureStream, load_folder
 from unidad.errors import CheckpointError, NonFiniteError
 from unidad.log import Log
 from unidad.methods.base import Method, Phase
-from unidad.run import Lock, RunFolder, open_run
+from unidad.run import Lock, RunFolder, check_folder, open_run
 from unidad.signals import Stopped
 from unidad.train import SKIPS_IN_A_ROW, Trainer
 
@@ -583,7 +584,7 @@ def test_the_length_is_part_of_a_run_whose_rate_falls_towards_its_end(tmp_path):
     ("change", "words"),
     [
         ({"settings": {"steps": 2, "a": 0.25, "cycles": 10}}, "steps: was 3, now 2"),
-        ({"settings": {"steps": 3, "a": 0.25, "cycles": 10, "lr": 1}}, "lr: was None, now 1"),
+        ({"settings": {"steps": 3, "a": 0.25, "cycles": 10, "lr": 1}}, "lr: was .*, now 1"),
         ({"settings": {"a": 0.25, "cycles": 10}}, "steps: was 3, now None"),
         ({"hashes": {"pictures": "xyz"}}, "pictures: was abc, now xyz"),
         ({"kind": "pretrain"}, "holds a train run, not a pretrain run"),
@@ -594,6 +595,15 @@ def test_another_run_is_refused_with_the_difference(change, words, tmp_path):
         pass
     with pytest.raises(CheckpointError, match=words), open_run(tmp_path / "run", FACTS | change, resume=True):
         pass
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default(tmp_path):
+    with open_run(tmp_path / "run", FACTS, resume=False):
+        pass
+    for value, fits in ((0.0, True), (1.0, False)):
+        now = FACTS | {"settings": FACTS["settings"] | {"transfer": value}}
+        with nullcontext() if fits else pytest.raises(CheckpointError, match=r"transfer: was 0\.0, now 1\.0"):
+            check_folder(tmp_path / "run", now, resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])

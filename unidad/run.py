@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from unidad.config import PretrainSettings, TrainSettings, as_dict
 from unidad.errors import CheckpointError
 
 RUN_FILE = "run.json"
@@ -142,6 +143,9 @@ def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
     free = FREE_ON_RESUME - ({"cycles"} if facts["settings"].get("lr_decay") == "cosine" else set())
     if before.get("device") != facts.get("device"):
         lines.append(f"device: was {before.get('device')}, now {facts.get('device')} (random states cannot move between them)")
+    kind = PretrainSettings if facts["kind"] == "pretrain" else TrainSettings
+    then = {key: value for key, value in as_dict(kind()).items() if key in facts["settings"]}  # of settings that did not exist yet
+    before["settings"] = then | before["settings"]
     pairs = ((_settings_of_one(before), _settings_of_one(facts)), (before.get("hashes", {}), facts["hashes"]))
     for old, new in pairs:
         for key in sorted(old.keys() | new.keys()):
