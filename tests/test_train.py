@@ -479,7 +479,10 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(group, tmp_path, picture
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_stops_after_the_update_under_way(signum, code, tmp_path, picture_folder):
+def test_a_signal_stops_after_the_update_under_way(signum, code, tmp_path, picture_folder, request):
+    if signal.getsignal(signum) == signal.SIG_IGN:  # under nohup, which the loop respects
+        request.addfinalizer(lambda: signal.signal(signum, signal.SIG_IGN))
+        signal.signal(signum, signal.SIG_DFL)
     trainer = make(tmp_path, picture_folder)
     handler, phase = signal.getsignal(signum), trainer.method.phases[1]
 
