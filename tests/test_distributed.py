@@ -276,6 +276,7 @@ def test_killed_while_a_checkpoint_is_written(source: Path, picture_folder: Path
     _, text = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "unidad: Another process of this run has ended" in text, text
+    assert "Traceback" not in text.split("unidad: Another")[0], text
     assert checkpoint.names(out / "checkpoints") == ["00000001"]
     whole_batch = ("--set", "batch_size=4")
     assert main(words(source, picture_folder, out, "--resume", *whole_batch, cycles=5)) == 0

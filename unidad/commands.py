@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -167,9 +168,10 @@ def sample_to_folder(
         UserError: as `load_product`, `draw_from` and `open_samples` do.
     """
     model = load_product(name)
+    ranks = Ranks(Accelerator(cpu=pick_device(device).type == "cpu"))
     if isinstance(model, TextModel):
-        if resume:
-            raise SettingsError("--resume is not there for text-to-image students. Give a new --out.")
+        if resume or ranks.count > 1:
+            raise SettingsError("Text-to-image students are drawn from in one process, without --resume, into a new --out.")
         refuse_full_folder(Path(out))
         prompts = prompts or [model.prompt]
         return _save_prompts(draw_prompts(model, prompts, n, steps, seed, batch_size, device), prompts, seed, new_folder(out))
@@ -178,7 +180,6 @@ def sample_to_folder(
     _check_numbers(n, steps, seed, batch_size)
     made_with = {"model": weights_digest(model.backbone), "steps": steps, "seed": seed, "label": label, "batch_size": batch_size}
     _check_drawing(model, steps, label)
-    ranks = Ranks(Accelerator(cpu=pick_device(device).type == "cpu"))
     if ranks.first:
         open_samples(out, made_with, resume)
     ranks.wait()
@@ -215,6 +216,8 @@ def evaluate_command(args: argparse.Namespace) -> str:
     from unidad.metrics.weights import cache_folder
 
     _check_evaluate(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("`unidad evaluate` runs in one process. Let `unidad sample` draw in several, then evaluate its folder.")
     statistics = load_statistics(args.reference) if args.reference.endswith(".npz") else None
     extractor = load_extractor(args.extractor, args.weights, args.download, pick_device(args.device))
     samples, facts = _samples(args)

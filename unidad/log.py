@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from unidad.data import picture_grid
+from unidad.distributed import Ranks
 from unidad.run import RunFolder, replacing
 
 SHOWN = ("dmd", "gan", "fake", "disc", "target", "total")
@@ -53,9 +54,9 @@ class Log:
         """Write the means since the last flush: one row in log.jsonl (with `more` in it), the trackers and the bar."""
         means = {key: float(total) / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
-        if self.accelerator.num_processes > 1:
-            together = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.accelerator.device), reduction="mean")
-            means = dict(zip(means, together.tolist(), strict=True))
+        ranks = Ranks(self.accelerator)
+        if ranks.count > 1:
+            means = {key: total / ranks.count for key, total in zip(means, ranks.total(list(means.values())), strict=True)}
         if not self.accelerator.is_main_process:
             return
         row = {"cycle": cycle, "seconds": round(seconds, 3), "updates": updates, "losses": means, **more}

@@ -1,0 +1,42 @@
+"""What a Frechet distance means here: held-out pictures against each other, with grain, and the ten pictures repeated.
+
+python benchmarks/floor.py --target toonHead      draws the held-out pictures first, as avatarshift.py does
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from avatarshift import ROOT, find_target
+
+from unidad.data import load_folder
+from unidad.metrics.distances import frechet_distance
+from unidad.metrics.features import EfficientNetLite0
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="toonHead")
+    parser.add_argument("--heldout", type=Path, default=ROOT / "data" / "heldout")
+    args = parser.parse_args()
+    target, features = find_target(args.target, args.heldout), EfficientNetLite0()
+    pixels, ten = load_folder(target.heldout, 32).pixels, load_folder(target.train, 32).pixels
+    first, reference = pixels[:1000], features(pixels[1000:2000])
+    print(f"1,000 held-out pictures against 1,000 others: {frechet_distance(features(first), reference):.1f}")
+    for grain in (1, 2, 3, 5):
+        noise = grain * torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+        noisy = (first.float() + noise).round().clamp(0, 255).to(torch.uint8)
+        print(f"with noise of {grain}/255: {frechet_distance(features(noisy), reference):.1f}")
+    repeated = ten[torch.arange(1000) % len(ten)]
+    print(f"the ten pictures, repeated: {frechet_distance(features(repeated), reference):.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
