@@ -16,7 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from unidad.config import PretrainSettings, TrainSettings, as_dict
 from unidad.errors import CheckpointError
 
 RUN_FILE = "run.json"
@@ -136,6 +135,8 @@ def open_run(path: str | Path, facts: dict[str, Any], resume: bool) -> Iterator[
 
 
 def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
+    from unidad.config import PretrainSettings, TrainSettings, as_dict  # loads torch, which a folder in use must not wait for
+
     before = run.read()
     if before.get("kind") != facts["kind"]:
         raise CheckpointError(f"'{run.path}' holds a {before.get('kind')} run, not a {facts['kind']} run. Give another --out.")
