@@ -149,6 +149,15 @@ def test_denoising_at_one_timestep_is_the_loss_by_hand():
     assert torch.equal(loss, denoising_loss(x, model.x0(alpha * x + sigma * eps, t), alpha, sigma, "v"))
 
 
+@pytest.mark.parametrize(("law", "below_a_quarter"), [("uniform", 0.25), ("quadratic", 0.5)])
+def test_a_model_is_trained_at_all_timesteps_by_the_law_that_is_set(law, below_a_quarter):
+    model, asked = tiny.backbone(1), []
+    model.x0 = lambda x_t, t, labels=None: asked.append(t) or x_t
+    Finetune(model, torch.Generator().manual_seed(0), "v", law=law).loss(torch.rand(4000, *tiny.SHAPE))
+    assert abs(float((asked[0] < 250).float().mean()) - below_a_quarter) < 0.03
+    assert int(asked[0].max()) > 990, "pure noise too"
+
+
 # -- from the command line --------------------------------------------------------------------------------------------
 
 QUICK = [

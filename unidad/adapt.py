@@ -37,7 +37,7 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
     network, values, label = tuned(parts.networks(device), settings), as_dict(settings), parts.label(settings)
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)
-        return Finetune(start, generator, settings.denoising, label, parts.student_steps)
+        return Finetune(start, generator, settings.denoising, label, parts.student_steps, settings.denoising_law)
     objective = Objective(**{name: values[name] for name in Objective.__dataclass_fields__ if name in values})
     fake = network("fake_teacher")
     assert parts.student_steps is not None

@@ -42,6 +42,7 @@ class LoopSettings:
     clip: float = 10.0  # gradient norm per network
     non_finite: str = "stop"  # at a loss or gradient that is nan or infinite: stop | skip (that update; counted in log.jsonl)
     ema: float = 0.999  # of the product's weights, per cycle; 0: no averaging
+    denoising_law: str = "uniform"  # of t where a model learns to denoise pictures: uniform | quadratic (more at little noise)
     hflip: bool = True  # mirror pictures at random
     log_every: int = 10  # cycles
     sample_every: int = 100  # cycles between sample grids; 0: only at the end
@@ -136,6 +137,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "heads": HEAD_KINDS,
     "features": GRANULARITIES,
     "timestep_law": TIMESTEP_LAWS,
+    "denoising_law": ("uniform", "quadratic"),
     "denoising": DENOISING_LOSSES,
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),

@@ -71,7 +71,7 @@ def pretrain(
         accelerator = make_accelerator(settings, run)
         start_trackers(accelerator)
         stream = PictureStream(pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
-        method = Finetune(backbone, generator, settings.denoising)
+        method = Finetune(backbone, generator, settings.denoising, law=settings.denoising_law)
         log = Log(run, accelerator, console)
         trainer = Trainer(method, stream, settings, run, log, generator, accelerator, _grid)
         found = checkpoint.latest(run.checkpoints) if resume else None

@@ -21,12 +21,15 @@ def denoise(
     kind: str,
     label: int | Tensor | None = None,
     timesteps: Sequence[int] | None = None,
+    law: str = "uniform",
 ) -> Tensor:
     """L_denoise of METHOD §6: one x0-prediction of noised x at t ~ U{0..T-1}, or uniform over `timesteps`.
 
-    x is [B, C, H, W]; `label` is one for all, or [B] int64.
+    x is [B, C, H, W]; `label` is one for all, or [B] int64; `law` "quadratic" (ours) draws t = T u^2 instead, more often at little noise.
     """
-    if timesteps is None:
+    if timesteps is None and law == "quadratic":
+        t = model.schedule.quadratic(len(x), generator, 1.0)
+    elif timesteps is None:
         t = model.schedule.uniform(len(x), generator)
     else:
         index = torch.randint(0, len(timesteps), (len(x),), generator=generator, device=x.device)
@@ -46,6 +49,7 @@ class Finetune(Method):
         denoising: which weighting, see `denoising_loss`.
         label: class of every picture, for a class-conditional network.
         student_steps: of a few-step student, which is trained at these timesteps only.
+        law: of the timesteps of any other network, see `denoise`.
     """
 
     def __init__(
@@ -55,14 +59,15 @@ class Finetune(Method):
         denoising: str = "epsilon",
         label: int | None = None,
         student_steps: list[int] | None = None,
+        law: str = "uniform",
     ):
         self.product = "student" if student_steps else "model"
         self.student_steps = student_steps
         self.networks = {self.product: model}
-        self._model, self._generator, self._denoising, self._label = model, generator, denoising, label
+        self._model, self._generator, self._denoising, self._label, self._law = model, generator, denoising, label, law
         self.phases = [Phase(self.product, (self.product,), 1, self.loss)]
 
     def loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
         """L_denoise on real pictures [B, C, H, W]."""
         label = self._label if labels is None else labels
-        return {"total": denoise(self._model, pictures, self._generator, self._denoising, label, self.student_steps)}
+        return {"total": denoise(self._model, pictures, self._generator, self._denoising, label, self.student_steps, self._law)}

@@ -51,6 +51,7 @@ class Objective:
         rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
         augment: what is done to every picture the heads see, such as "flip,translate"; see `unidad.augment`.
         timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T, "karras" or "quadratic" (see `NoiseSchedule`).
+        denoising_law: of t in the target teacher's own loss, "uniform" (METHOD §6) or "quadratic".
         shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D; not with `augment`, which L_fk must not see.
         joint_batch: where that is not so, the heads see real and fake pictures in one batch instead of two.
     """
@@ -75,6 +76,7 @@ class Objective:
     rollout_grad: str = "all"
     timestep_law: str = "uniform"
     denoising: str = "epsilon"
+    denoising_law: str = "uniform"
     shared_forward: bool = True
     joint_batch: bool = False
 
@@ -393,5 +395,5 @@ class UniDAD(Method):
         """L_denoise on the target pictures, [B, C, H, W], under their own labels where they have them."""
         assert self.target_teacher is not None
         label = self.label if labels is None else labels
-        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label)
+        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label, law=self.o.denoising_law)
         return {"target": loss, "total": loss}
