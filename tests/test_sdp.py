@@ -280,7 +280,7 @@ def test_each_photo_is_learnt_under_its_own_caption(folder: Path, picture_folder
     assert torch.allclose(parts.told["student"], load_text.encode_prompts(folder, expected))
 
     method = build_method(s, parts, CPU, torch.Generator().manual_seed(0))
-    pictures, labels = parts.stream(s, CPU).batch(3)
+    pictures, labels, _ = parts.stream(s, CPU).batch(3)
     assert labels is not None
     for picture, label in zip(pictures, labels, strict=True):
         assert torch.equal(picture, parts.latents[parts.captions.tolist().index(int(label))])

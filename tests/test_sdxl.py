@@ -190,7 +190,7 @@ def test_every_phase_tells_every_network_prompts_with_their_added_conditions(
         method.networks[name].told = note
     for _ in range(5):
         for phase in method.phases:
-            pictures, labels = parts.stream(s, CPU).batch(1)
+            pictures, labels, _ = parts.stream(s, CPU).batch(1)
             phase.loss(pictures, labels)
     assert seen["student"] == set(PROMPTS)
     assert seen["source_teacher"] == {"a cat", "a cat on the dog", "empty"}
