@@ -19,6 +19,7 @@ from unidad.export_text import save_text_student
 from unidad.metrics.lpips import Lpips
 from unidad.metrics.subject import image_likeness, prompt_likeness, prompt_variety
 from unidad.run import RUN_FILE
+from unidad.sheets import LINE, MARGIN
 
 
 def test_likeness_by_hand():
@@ -95,7 +96,7 @@ def test_a_run_and_a_folder_of_its_samples_score_the_same(run: Path, picture_fol
     assert all(-1 <= first[key] <= 1 for key in ("dino", "clip_i", "clip_t"))
     assert first["intra_lpips"] is None
     with Image.open(tmp_path / "panel.png") as sheet:
-        assert sheet.size == (3 * 64 + 4, 2 * 64 + 2)
+        assert sheet.size == (MARGIN + 3 * 64 + 4, LINE + 2 * 64 + 2)
 
     drawn = tmp_path / "drawn"
     prompts = [word for text in first["drawn_with"]["prompts"] for word in ("--prompt", text)]
