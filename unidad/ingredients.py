@@ -42,7 +42,7 @@ def tuned(network: Networks, settings: TrainSettings) -> Networks:
         backbone = network(role, model)
         assert isinstance(backbone, UNet2DBackbone)
         if settings.gradient_checkpointing:
-            backbone.unet.enable_gradient_checkpointing()
+            backbone.recompute_activations()
         if settings.channels_last:
             backbone.unet.to(memory_format=torch.channels_last)
         if settings.compile:

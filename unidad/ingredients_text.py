@@ -188,7 +188,7 @@ def check_text_settings(settings: TrainSettings) -> None:
         raise SettingsError(
             "'lora_rank' puts every network on the source as base: leave student_init=source and target_teacher=online, or set it to 0."
         )
-    for name in ("gradient_checkpointing", "channels_last", "compile", "transfer"):
+    for name in ("channels_last", "compile", "transfer"):
         if getattr(settings, name):
             raise SettingsError(f"'{name}' is not there yet for text-to-image sources. Leave it off.")
     if settings.class_label >= 0:
