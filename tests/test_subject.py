@@ -12,7 +12,7 @@ import test_lpips
 import torch
 from PIL import Image
 
-from unidad.backbones.load_text import load_text_model
+from unidad.backbones.load_text import encode_pictures, load_text_model, load_vae
 from unidad.cli import main
 from unidad.evaluate_subject import Drawn, score_subject
 from unidad.export_text import save_text_student
@@ -185,3 +185,25 @@ def test_a_rare_word_in_pieces_is_warned_of_before_training(run: Path, photos: P
     monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
     assert train(run, photos, tmp_path / "out", "--prompt", "a sks cat", "--class-prompt", "a cat") == 0
     assert "'sks' only in pieces (s, k, s)" in capsys.readouterr().err
+
+
+def test_a_v_prediction_model_declared_as_epsilon_is_warned_of(tmp_path: Path, capsys, monkeypatch):
+    """Flat photos have latents that are one colour, c; a network that says -c there says what v mostly is at half noise."""
+    monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 32), (230, 40, 90)).save(tmp_path / "photos" / "00.png")
+    folder = sd.write_pipeline(tmp_path / "source", kind="epsilon")
+    vae, flat = load_vae(folder), torch.tensor([230, 40, 90]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
+    config = folder / "vae" / "config.json"
+    scale = float(3 * vae.config.scaling_factor / encode_pictures(vae, flat).square().mean().sqrt())
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+    unet = load_text_model(folder).backbone.unet
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    unet.conv_out.bias.data = -encode_pictures(load_vae(folder), flat).mean((0, 2, 3))
+    unet.save_pretrained(folder / "unet")
+    (tmp_path / "run").mkdir()
+    words = ["--prompt", "a prt cat", "--class-prompt", "a cat"]
+    assert train(tmp_path / "run", tmp_path / "photos", tmp_path / "out", *words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "predicts epsilon, but its output looks like v_prediction" in said
+    assert "scheduler/scheduler_config.json" in said

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from unidad import checkpoint
-from unidad.backbones.load import Model, bundled_path, student_steps
+from unidad.backbones.load import Model, bundled_path, find_folder, student_steps
 from unidad.backbones.load_text import TextModel, decode_latents, encode_prompts, load_vae, open_model, pipeline_name
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings, build_settings
+from unidad.convert.single_file import to_single_file
 from unidad.data import list_pictures, load_files, load_folder, open_picture
 from unidad.device import pick_device
 from unidad.distributed import Ranks
@@ -295,4 +297,18 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
         save_source(model.backbone, model.scheduler, out, facts, half)
     else:
         save_student(model.backbone, model.scheduler, model.student_steps, out, facts, half)
+    return out
+
+
+def export_single_file(name: str, out: Path, half: bool = False) -> Path:
+    """Write a text-to-image run's product as one `.safetensors` file in the original layout; returns `out`.
+
+    Raises:
+        UserError: as `export_run` and `to_single_file` do.
+    """
+    if (find_folder(name) / "model_index.json").exists():  # finished
+        to_single_file(name, out, half)
+        return out
+    with TemporaryDirectory(prefix=".unidad-", dir=out.absolute().parent) as place:
+        to_single_file(export_run(name, Path(place) / "student"), out, half)
     return out
