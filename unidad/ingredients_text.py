@@ -108,9 +108,10 @@ class TextIngredients(Ingredients):
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The pictures' latents, for ever."""
         masks = self.pictures.masks
-        masks = None if masks is None else adaptive_avg_pool2d(masks, self.latents.shape[-2:])
-        order = {"hflip": settings.hflip, "seed": settings.seed}
-        return LatentStream(self.latents, self.mirrored, self.captions, **order, device=device, masks=masks)
+        masks = None if masks is None else adaptive_avg_pool2d(masks, self.latents.shape[-1])
+        return LatentStream(
+            self.latents, self.mirrored, self.captions, hflip=settings.hflip, seed=settings.seed, device=device, masks=masks
+        )
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""

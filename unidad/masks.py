@@ -55,7 +55,7 @@ def _find(folder: Path, names: list[str]) -> dict[str, Path]:
 
 def _read(path: Path, photo: Path, size: int) -> Tensor:
     image, _ = decode(path)
-    if image.mode in ("RGBA", "LA", "PA") and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if image.mode in ("RGBA", "LA", "PA") and int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255:
         raise DataError(f"The mask '{path}' is transparent in places. Save it in black and white, the subject white.")
     (w, h), (width, height) = image.size, open_picture(photo)[0].size
     if abs(w * height - h * width) > max(width, height):  # more than the rounding of one side
