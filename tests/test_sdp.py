@@ -30,6 +30,7 @@ from unidad.presets import PRESETS
 from unidad.prompts import bundled_templates, in_contexts, read_templates
 from unidad.rollout import rollout, seeded_noise
 from unidad.run import RunFolder
+from unidad.sheets import LINE, MARGIN
 
 CPU = torch.device("cpu")
 QUICK = {
@@ -280,7 +281,7 @@ def test_each_photo_is_learnt_under_its_own_caption(folder: Path, picture_folder
     assert torch.allclose(parts.told["student"], load_text.encode_prompts(folder, expected))
 
     method = build_method(s, parts, CPU, torch.Generator().manual_seed(0))
-    pictures, labels = parts.stream(s, CPU).batch(3)
+    pictures, labels, _ = parts.stream(s, CPU).batch(3)
     assert labels is not None
     for picture, label in zip(pictures, labels, strict=True):
         assert torch.equal(picture, parts.latents[parts.captions.tolist().index(int(label))])
@@ -370,7 +371,7 @@ def test_the_stock_pipeline_alone_draws_what_we_draw(run: RunFolder, tmp_path: P
                 drawn = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
             assert (drawn - one[row, i] * 255).abs().max() <= 0.51
     with Image.open(grid) as sheet:
-        assert sheet.size == (2 * 64 + 2, 2 * 64 + 2)
+        assert sheet.size == (MARGIN + 2 * 64 + 2, LINE + 2 * 64 + 2)
 
 
 def test_export_of_a_run_that_has_not_finished(run: RunFolder, tmp_path: Path):

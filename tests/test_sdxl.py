@@ -20,7 +20,7 @@ from unidad.backbones import load_text
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import TIME_IDS
 from unidad.commands import export_run, load_product, sample_to_folder
-from unidad.errors import ModelError
+from unidad.errors import ModelError, SettingsError
 from unidad.ingredients_text import gather_text
 from unidad.plan import plan
 from unidad.run import RunFolder
@@ -190,7 +190,7 @@ def test_every_phase_tells_every_network_prompts_with_their_added_conditions(
         method.networks[name].told = note
     for _ in range(5):
         for phase in method.phases:
-            pictures, labels = parts.stream(s, CPU).batch(1)
+            pictures, labels, _ = parts.stream(s, CPU).batch(1)
             phase.loss(pictures, labels)
     assert seen["student"] == set(PROMPTS)
     assert seen["source_teacher"] == {"a cat", "a cat on the dog", "empty"}
@@ -259,6 +259,11 @@ def test_the_stock_pipeline_alone_draws_what_we_draw(run: RunFolder, tmp_path: P
     card = (run.student / "README.md").read_text()
     assert "StableDiffusionXLPipeline.from_pretrained(" in card
     assert "pipe('a prt cat', num_inference_steps=1, guidance_scale=1.0)" in card
+
+
+def test_a_many_step_model_names_its_own_pipeline(folder: Path, tmp_path: Path):
+    with pytest.raises(SettingsError, match="StableDiffusionXLPipeline"):
+        sample_to_folder(str(folder), 1, tmp_path / "x", device="cpu", prompts=["a cat"])
 
 
 def test_export_of_a_run_that_has_not_finished(run: RunFolder, tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sd
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
@@ -241,3 +242,55 @@ def test_nothing_is_overwritten_and_other_pipelines_are_refused(
     with pytest.raises(ModelError, match="a StableDiffusionPipeline"):
         from_single_file(files["sd1"], source, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_another_family_as_source_is_named(tmp_path: Path, capsys):
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, tmp_path / "flux.safetensors")
+    command = ["train", "--source", str(tmp_path / "flux.safetensors"), "--target", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main([*command, "--preset", "sdp", "--prompt", "a prt cat", "--class-prompt", "a cat"]) == 2
+    assert "looks like a Flux checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_info_says_what_a_file_is(files: dict[str, Path], tmp_path: Path, capsys):
+    assert main(["info", str(files["sd1"])]) == 0
+    said = capsys.readouterr().out
+    numbers = sum(value.numel() for value in load_file(files["sd1"]).values())
+    assert f"looks like {STABLE_DIFFUSION}" in said
+    assert f"{numbers / 1e6:.1f} million numbers" in said
+    assert "unidad convert single-file" in said
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "l.safetensors")
+    assert main(["info", str(tmp_path / "l.safetensors")]) == 0
+    assert "looks like a LoRA" in capsys.readouterr().out
+    (tmp_path / "cut.safetensors").write_bytes(files["sd1"].read_bytes()[:-9])
+    assert main(["info", str(tmp_path / "cut.safetensors")]) == 2
+    assert "shorter than its header says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_export_as_a_single_file(
+    folders: dict[str, Path], files: dict[str, Path], finished: bool, tmp_path: Path, monkeypatch, capsys
+):
+    """A run's student, or the newest checkpoint's, in one file: the weights are those of its folder."""
+    monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((40, 32), 80).convert("RGB").save(tmp_path / "photos" / "a.png")
+    run, out = tmp_path / "run", tmp_path / "one.safetensors"
+    sets = ("cycles=1", "fake_updates=1", "sample_every=0", "tracker=none", "precision=fp32", "lr=1e-3")
+    words = ["--source", str(folders["sd1"]), "--target", str(tmp_path / "photos"), "--out", str(run), "--preset", "sdp"]
+    words += ["--prompt", "a prt cat", "--class-prompt", "a cat", "--device", "cpu", *(w for s in sets for w in ("--set", s))]
+    assert main(["train", *words]) == 0
+    to_single_file(run / "student", tmp_path / "expected.safetensors")
+    if not finished:
+        (run / "student").rename(tmp_path / "aside")
+    assert main(["export", str(run), "--single-file", "--out", str(out)]) == 0
+    ours, expected = load_file(out), load_file(tmp_path / "expected.safetensors")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    assert not torch.equal(ours[FIRST], load_file(files["sd1"])[FIRST])
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []
+    assert main(["export", str(run), "--single-file", "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err

@@ -12,13 +12,14 @@ import test_lpips
 import torch
 from PIL import Image
 
-from unidad.backbones.load_text import load_text_model
+from unidad.backbones.load_text import encode_pictures, load_text_model, load_vae
 from unidad.cli import main
 from unidad.evaluate_subject import Drawn, score_subject
 from unidad.export_text import save_text_student
 from unidad.metrics.lpips import Lpips
 from unidad.metrics.subject import image_likeness, prompt_likeness, prompt_variety
 from unidad.run import RUN_FILE
+from unidad.sheets import LINE, MARGIN
 
 
 def test_likeness_by_hand():
@@ -95,7 +96,7 @@ def test_a_run_and_a_folder_of_its_samples_score_the_same(run: Path, picture_fol
     assert all(-1 <= first[key] <= 1 for key in ("dino", "clip_i", "clip_t"))
     assert first["intra_lpips"] is None
     with Image.open(tmp_path / "panel.png") as sheet:
-        assert sheet.size == (3 * 64 + 4, 2 * 64 + 2)
+        assert sheet.size == (MARGIN + 3 * 64 + 4, LINE + 2 * 64 + 2)
 
     drawn = tmp_path / "drawn"
     prompts = [word for text in first["drawn_with"]["prompts"] for word in ("--prompt", text)]
@@ -184,3 +185,25 @@ def test_a_rare_word_in_pieces_is_warned_of_before_training(run: Path, photos: P
     monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
     assert train(run, photos, tmp_path / "out", "--prompt", "a sks cat", "--class-prompt", "a cat") == 0
     assert "'sks' only in pieces (s, k, s)" in capsys.readouterr().err
+
+
+def test_a_v_prediction_model_declared_as_epsilon_is_warned_of(tmp_path: Path, capsys, monkeypatch):
+    """Flat photos have latents that are one colour, c; a network that says -c there says what v mostly is at half noise."""
+    monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 32), (230, 40, 90)).save(tmp_path / "photos" / "00.png")
+    folder = sd.write_pipeline(tmp_path / "source", kind="epsilon")
+    vae, flat = load_vae(folder), torch.tensor([230, 40, 90]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
+    config = folder / "vae" / "config.json"
+    scale = float(3 * vae.config.scaling_factor / encode_pictures(vae, flat).square().mean().sqrt())
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+    unet = load_text_model(folder).backbone.unet
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    unet.conv_out.bias.data = -encode_pictures(load_vae(folder), flat).mean((0, 2, 3))
+    unet.save_pretrained(folder / "unet")
+    (tmp_path / "run").mkdir()
+    words = ["--prompt", "a prt cat", "--class-prompt", "a cat"]
+    assert train(tmp_path / "run", tmp_path / "photos", tmp_path / "out", *words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "predicts epsilon, but its output looks like v_prediction" in said
+    assert "scheduler/scheduler_config.json" in said

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from unidad import checkpoint
-from unidad.backbones.load import Model, bundled_path, student_steps
-from unidad.backbones.load_text import TextModel, decode_latents, encode_prompts, load_vae, open_model
+from unidad.backbones.load import Model, bundled_path, find_folder, student_steps
+from unidad.backbones.load_text import TextModel, decode_latents, encode_prompts, load_vae, open_model, pipeline_name
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings, build_settings
-from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
+from unidad.convert.single_file import to_single_file
+from unidad.data import list_pictures, load_files, load_folder, open_picture
 from unidad.device import pick_device
 from unidad.distributed import Ranks
 from unidad.errors import CheckpointError, DataError, SettingsError
@@ -31,6 +33,7 @@ from unidad.export_text import save_text_student
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
 from unidad.samples_folder import GRID, fill, grid_of, new_folder, open_samples, refuse_full_folder, weights_digest
+from unidad.sheets import labelled_grid
 
 DEFAULT_DDIM_STEPS = 50
 
@@ -134,7 +137,7 @@ def draw_prompts(
     """
     _check_numbers(n, steps, seed, batch_size)
     if model.student_steps is None:
-        raise SettingsError(f"'{model.name}' is a many-step model. Draw from it with diffusers' StableDiffusionPipeline.")
+        raise SettingsError(f"'{model.name}' is a many-step model. Draw from it with diffusers' {pipeline_name(model.folder)}.")
     chip, backbone = pick_device(device), model.backbone
     assert isinstance(backbone, UNet2DCondBackbone)
     backbone.set_prompts(encode_prompts(model.folder, [*prompts, ""]))
@@ -199,9 +202,9 @@ def _save_prompts(pixels: Tensor, prompts: Sequence[str], seed: int, folder: Pat
         for i, picture in enumerate(pixels[row]):
             Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(folder / f"{row:02d}-{seed + i:06d}.png")
     (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
-    grid = folder / GRID
-    picture_grid(pixels.flatten(0, 1), columns=pixels.shape[1], scale=max(1, 64 // pixels.shape[-1])).save(grid)
-    return grid
+    seeds = [f"seed {seed + i}" for i in range(pixels.shape[1])]
+    labelled_grid(list(pixels), prompts, seeds, scale=max(1, 64 // pixels.shape[-1])).save(folder / GRID)
+    return folder / GRID
 
 
 def evaluate_command(args: argparse.Namespace) -> str:
@@ -294,4 +297,18 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
         save_source(model.backbone, model.scheduler, out, facts, half)
     else:
         save_student(model.backbone, model.scheduler, model.student_steps, out, facts, half)
+    return out
+
+
+def export_single_file(name: str, out: Path, half: bool = False) -> Path:
+    """Write a text-to-image run's product as one `.safetensors` file in the original layout; returns `out`.
+
+    Raises:
+        UserError: as `export_run` and `to_single_file` do.
+    """
+    if (find_folder(name) / "model_index.json").exists():  # finished
+        to_single_file(name, out, half)
+        return out
+    with TemporaryDirectory(prefix=".unidad-", dir=out.absolute().parent) as place:
+        to_single_file(export_run(name, Path(place) / "student"), out, half)
     return out

@@ -22,18 +22,23 @@ from unidad.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
+MASK = "_mask"  # what the name of a picture's mask ends in
 # Larger pictures are refused by `open_picture` itself; Pillow need not warn as well.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures of one folder, decoded: `pixels` is [N, 3, size, size] uint8; `names` are file names in the same order."""
+    """Pictures of one folder, decoded: `pixels` is [N, 3, size, size] uint8; `names` are file names in the same order.
+
+    `masks`, where there are some, is [N, 1, size, size] float32 in [0, 1].
+    """
 
     pixels: Tensor
     names: list[str]
     digest: str
     notes: list[str] = field(default_factory=list)
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,7 +50,7 @@ class PictureSet:
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """Picture files lying directly in a folder, by name.
+    """Picture files lying directly in a folder, by name; `photo_mask.png` beside a `photo` is its mask and none of them.
 
     Raises:
         DataError: if the folder is missing, is no folder, or holds no file with a picture's ending.
@@ -57,6 +62,8 @@ def list_pictures(folder: str | Path) -> list[Path]:
         raise DataError(f"'{folder}' is a file. Give the folder that holds the pictures.")
     inside = sorted(folder.iterdir(), key=lambda p: p.name)
     files = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    stems = {p.stem for p in files}
+    files = [p for p in files if not (p.stem.endswith(MASK) and p.stem.removesuffix(MASK) in stems)]
     if not files:
         subfolders = [p.name for p in inside if p.is_dir()]
         hint = f" Its pictures may lie in '{subfolders[0]}': give that folder." if subfolders else ""
@@ -70,6 +77,12 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
     Raises:
         DataError: if it is too large, truncated, or not one of the formats it may be.
     """
+    image, notes = decode(path)
+    return to_rgb(image), notes
+
+
+def decode(path: Path) -> tuple[Image.Image, list[str]]:
+    """`open_picture` before it is turned into RGB."""
     notes: list[str] = []
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -81,7 +94,7 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
                 notes.append(f"'{path.name}' is animated: only its first frame is used.")
                 image.seek(0)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image)), notes
+            return ImageOps.exif_transpose(image), notes
     except Image.DecompressionBombError:
         raise DataError(f"'{path}' claims more than {MAX_PIXELS // 10**6} million pixels. Make it smaller first.") from None
     except UnidentifiedImageError:
@@ -90,7 +103,8 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
         raise DataError(f"'{path}' cannot be read: {error}. Remove it or save it anew.") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture in 8-bit RGB; where it is transparent, on white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: .convert would clip it to white
         grey = np.asarray(image).astype(np.float64)
         top = 65535.0 if image.mode.startswith("I;16") or grey.max() > 255 else 255.0
@@ -191,12 +205,14 @@ class PictureStream:
         hflip: mirror each drawn picture with probability 1/2.
         seed: of the order and the mirroring.
         device: where batches (and the pictures) live.
+        masks: [N, 1, S, S] float32 in [0, 1], of pictures that have masks.
     """
 
     labels: Tensor | None = None
 
-    def __init__(self, pixels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, pixels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu", masks: Tensor | None = None):
         self.pixels = pixels.to(device)
+        self.masks = None if masks is None else masks.to(device)
         self.hflip, self.seed, self.drawn = hflip, seed, 0
         self._round: tuple[int, Tensor, Tensor] | None = None
 
@@ -212,8 +228,8 @@ class PictureStream:
         """The next n pictures, [n, 3, S, S] float32 in [-1, 1]."""
         return self.batch(n)[0]
 
-    def batch(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """The next n pictures and their labels, [n] int64, where each has one of its own."""
+    def batch(self, n: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The next n pictures; their labels, [n] int64, where each has one of its own; their masks, [n, 1, S, S], where they have them."""
         orders, flips, end = [], [], self.drawn + n
         while True:
             round_, place = divmod(self.drawn, len(self.pixels))
@@ -224,8 +240,10 @@ class PictureStream:
             self.drawn += len(orders[-1])
             if self.drawn == end:
                 break
-        places = torch.cat(orders)
-        return self._take(places, torch.cat(flips).view(-1, 1, 1, 1)), None if self.labels is None else self.labels[places]
+        places, mirrored = torch.cat(orders), torch.cat(flips).view(-1, 1, 1, 1)
+        masks = None if self.masks is None else self.masks[places]
+        masks = None if masks is None else torch.where(mirrored, masks.flip(-1), masks)
+        return self._take(places, mirrored), None if self.labels is None else self.labels[places], masks
 
     def _take(self, index: Tensor, mirrored: Tensor) -> Tensor:
         x = to_signed(self.pixels[index])
@@ -240,9 +258,17 @@ class LatentStream(PictureStream):
     """
 
     def __init__(
-        self, latents: Tensor, mirrored: Tensor, labels: Tensor, *, hflip: bool, seed: int, device: torch.device | str = "cpu"
+        self,
+        latents: Tensor,
+        mirrored: Tensor,
+        labels: Tensor,
+        *,
+        hflip: bool,
+        seed: int,
+        device: torch.device | str = "cpu",
+        masks: Tensor | None = None,
     ):
-        super().__init__(latents, hflip=hflip, seed=seed, device=device)
+        super().__init__(latents, hflip=hflip, seed=seed, device=device, masks=masks)
         self.labels = labels.to(device)
         self._mirrored = mirrored.to(device)
 

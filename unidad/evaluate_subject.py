@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unidad.backbones.load import bundled_path
 from unidad.backbones.load_text import TextModel
 from unidad.captions import METADATA, read_captions
 from unidad.commands import GRID, draw_prompts, load_product
-from unidad.data import list_pictures, load_files, load_folder, open_picture, picture_grid
+from unidad.data import list_pictures, load_files, load_folder, open_picture
 from unidad.device import pick_device
 from unidad.errors import DataError, SettingsError
 from unidad.metrics.extractors import load_extractor
@@ -24,6 +25,7 @@ from unidad.metrics.subject import image_likeness, prompt_likeness, prompt_varie
 from unidad.metrics.vision import VisionFeatures
 from unidad.prompts import in_contexts, read_templates
 from unidad.run import RUN_FILE, RunFolder
+from unidad.sheets import labelled_grid
 
 SCORES = ("dino", "clip", "lpips")
 ROWS = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "intra_lpips": "Intra-LPIPS", "inter_lpips": "Inter-LPIPS"}
@@ -59,9 +61,16 @@ def evaluate_subject(args: argparse.Namespace) -> str:
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.panel:
-        most = int(drawn.prompt_of.bincount().max())
-        picture_grid(drawn.pixels, columns=most, scale=max(1, 64 // drawn.pixels.shape[-1])).save(args.panel)
+        _panel(drawn).save(args.panel)
     return _table(result)
+
+
+def _panel(drawn: Drawn) -> Image.Image:
+    """A row for each prompt as it was drawn, and the seeds where they are known."""
+    told = drawn.facts["drawn_with"]
+    rows = [drawn.pixels[drawn.prompt_of == i] for i in range(len(drawn.texts))]
+    seeds = [f"seed {seed}" for seed in range(told["seeds"][0], told["seeds"][1] + 1)] if told else []
+    return labelled_grid(rows, told["prompts"] if told else drawn.texts, seeds, scale=max(1, 64 // drawn.pixels.shape[-1]))
 
 
 def _judges(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import os
 import platform
 import re
 import shutil
+from math import prod
 from pathlib import Path
 
 import torch
 
 from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
 from unidad.backbones.load_text import TextModel, open_model
+from unidad.backbones.single_file import STABLE_DIFFUSION, family, read_shapes
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, open_picture
 from unidad.device import pick_device, use_bf16
@@ -30,7 +32,7 @@ LEAST: dict[str, tuple[tuple[int, ...], str]] = {
 
 
 def describe_path(name: str) -> str:
-    """What a bundled name, run, model folder or folder of pictures is.
+    """What a bundled name, run, model folder, folder of pictures or `.safetensors` file is.
 
     Raises:
         UserError: if it is none of these; says what it looks like instead.
@@ -42,6 +44,8 @@ def describe_path(name: str) -> str:
     if not path.exists():
         known = ", ".join(BUNDLED + n for n in bundled_names("models") + bundled_names("targets"))
         raise DataError(f"There is nothing at '{name}'. Bundled: {known}.")
+    if path.is_file() and path.suffix == ".safetensors":
+        return _weights_file(path)
     if (path / RUN_FILE).exists():
         return _run(path)
     if (path / "model_index.json").exists() or (path / "config.json").exists():
@@ -50,6 +54,13 @@ def describe_path(name: str) -> str:
         return _pictures(path)
     except DataError as error:
         raise DataError(f"'{name}' is no run, no diffusers model, and no folder of pictures. {error}") from None
+
+
+def _weights_file(path: Path) -> str:
+    shapes = read_shapes(path)
+    kind, numbers = family(shapes), sum(prod(shape) for shape in shapes.values())
+    hint = f"\n  use it       unidad convert single-file {path} --config FOLDER --out DIR" if kind == STABLE_DIFFUSION else ""
+    return f"{path}: looks like {kind}\n  size         {numbers / 1e6:.1f} million numbers in {len(shapes)} tensors{hint}"
 
 
 def _model(name: str) -> str:

@@ -18,6 +18,7 @@ from unidad.config import TrainSettings
 from unidad.data import PictureSet, PictureStream, load_folder
 from unidad.errors import ModelError, SettingsError
 from unidad.export import save_source, save_student
+from unidad.masks import with_masks
 from unidad.noise import NoiseSchedule
 from unidad.report import write_report
 from unidad.run import RunFolder
@@ -41,7 +42,7 @@ def tuned(network: Networks, settings: TrainSettings) -> Networks:
         backbone = network(role, model)
         assert isinstance(backbone, UNet2DBackbone)
         if settings.gradient_checkpointing:
-            backbone.unet.enable_gradient_checkpointing()
+            backbone.recompute_activations()
         if settings.channels_last:
             backbone.unet.to(memory_format=torch.channels_last)
         if settings.compile:
@@ -90,7 +91,8 @@ class Ingredients:
 
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The target pictures, for ever."""
-        return PictureStream(self.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
+        masks = self.pictures.masks
+        return PictureStream(self.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device, masks=masks)
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""
@@ -127,7 +129,8 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
         if model is not None:
             refuse_other_shape(source, model)
     steps = fitting_steps(settings, source)
-    pictures = load_folder(bundled_path(str(target), "targets"), source.backbone.shape[-1])
+    place = bundled_path(str(target), "targets")
+    pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
     return Ingredients(source, pictures, student_init, adapted, steps)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from unidad.backbones.base import Backbone, guided
 from unidad.backbones.load import Model, bundled_path
@@ -36,6 +37,7 @@ from unidad.device import pick_device
 from unidad.errors import SettingsError
 from unidad.export_text import save_lora, save_text_student
 from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_steps
+from unidad.masks import with_masks
 from unidad.noise import from_x0
 from unidad.prompts import in_contexts, read_templates
 from unidad.report import write_report
@@ -105,7 +107,11 @@ class TextIngredients(Ingredients):
 
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The pictures' latents, for ever."""
-        return LatentStream(self.latents, self.mirrored, self.captions, hflip=settings.hflip, seed=settings.seed, device=device)
+        masks = self.pictures.masks
+        masks = None if masks is None else adaptive_avg_pool2d(masks, self.latents.shape[-1])
+        return LatentStream(
+            self.latents, self.mirrored, self.captions, hflip=settings.hflip, seed=settings.seed, device=device, masks=masks
+        )
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""
@@ -147,7 +153,7 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
             refuse_other_shape(source, model)
     steps = student_steps(settings, source.backbone.schedule)
     place = bundled_path(str(target), "targets")
-    pictures = load_folder(place, picture_side(source.folder))
+    pictures = with_masks(load_folder(place, picture_side(source.folder)), place)
     told, captions = _tell(settings, source.folder, read_captions(place, pictures.names) or [settings.prompt] * len(pictures))
     vae = load_vae(source.folder).to(pick_device(settings.device))
     signed = to_signed(pictures.pixels).to(vae.device)
@@ -183,7 +189,7 @@ def check_text_settings(settings: TrainSettings) -> None:
         raise SettingsError(
             "'lora_rank' puts every network on the source as base: leave student_init=source and target_teacher=online, or set it to 0."
         )
-    for name in ("gradient_checkpointing", "channels_last", "compile", "transfer"):
+    for name in ("channels_last", "compile", "transfer"):
         if getattr(settings, name):
             raise SettingsError(f"'{name}' is not there yet for text-to-image sources. Leave it off.")
     if settings.class_label >= 0:

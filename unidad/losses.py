@@ -46,12 +46,22 @@ def dual_domain_gradient(x: Tensor, xhat_fake: Tensor, xhat_source: Tensor | Non
     return gradient
 
 
-def denoising_loss(x: Tensor, xhat: Tensor, alpha: Tensor, sigma: Tensor, kind: str = "epsilon", sigma_data: float = 0.5) -> Tensor:
+def denoising_loss(
+    x: Tensor,
+    xhat: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    kind: str = "epsilon",
+    sigma_data: float = 0.5,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Weighted mean of (xhat - x)^2 (METHOD §6).
 
     Args:
         alpha, sigma: of x_t, broadcastable to x.
         kind: "epsilon" (the eps-MSE), "v" (the v-MSE), "edm" (s^-2 + sigma_data^-2 with s = sigma / alpha).
+        mask: [B, 1, H, W] in [0, 1], no sample's all 0: each sample's mean is then weighted by it, so that a small subject counts as
+            much as a large one; None counts every place.
 
     Raises:
         ValueError: for an unknown kind.
@@ -65,7 +75,11 @@ def denoising_loss(x: Tensor, xhat: Tensor, alpha: Tensor, sigma: Tensor, kind: 
         weight = snr + sigma_data**-2
     else:
         raise ValueError(f"the denoising loss must be one of {', '.join(DENOISING_LOSSES)}, not {kind!r}")
-    return (weight * (xhat.float() - x.float()) ** 2).mean()
+    error = weight * (xhat.float() - x.float()) ** 2
+    if mask is None:
+        return error.mean()
+    over = (1, 2, 3)
+    return ((error * mask).mean(dim=over) / mask.mean(dim=over)).mean()
 
 
 def _aggregate(logits: Tensor, aggregation: str) -> Tensor:

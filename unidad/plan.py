@@ -282,7 +282,7 @@ def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = No
     if free is None or found.total <= free:
         return
     advice = [
-        ("gradient_checkpointing=true", not settings.gradient_checkpointing and not settings.prompt),
+        ("gradient_checkpointing=true", not settings.gradient_checkpointing),
         ("lora_rank=64", bool(settings.prompt) and not settings.lora_rank),
         ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
         ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),

@@ -194,10 +194,10 @@ class Trainer:
         n = self.settings.accumulation
         for _ in range(n):
             wanted = self.ranks.count * self.settings.batch_size if phase.needs_data else 0
-            pictures, labels = (self.ranks.rows(x) if x is not None else None for x in self.stream.batch(wanted))
+            pictures, labels, masks = (self.ranks.rows(x) if x is not None else None for x in self.stream.batch(wanted))
             assert pictures is not None
             with self._autocast, self.ranks.draws(self.generator):
-                losses = phase.loss(pictures, labels)
+                losses = phase.loss(pictures, labels) if masks is None else phase.loss(pictures, labels, masks)
             shown = losses if self.guard is None else self.guard.see(losses)
             for name, value in losses.items() if self.guard is None else ():
                 if not torch.isfinite(value):

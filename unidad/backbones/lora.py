@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unidad.backbones.base import Granularity
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
@@ -46,6 +47,18 @@ def only_adapter(unet: nn.Module, names: list[str]) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+def _as_in_forward(block: nn.Module, *inputs: Any) -> Any:
+    """Activation checkpointing of a block; the backward pass comes when no role is active, so it is told which one was."""
+    layers = _layers(block)
+    names = layers[0]._active_adapter if layers else []
+
+    def run(*again: Any) -> Any:
+        with only_adapter(block, names):
+            return block(*again)
+
+    return checkpoint(run, *inputs, use_reentrant=False)
 
 
 class LoraRole(UNet2DCondBackbone):
@@ -98,6 +111,10 @@ class LoraRole(UNet2DCondBackbone):
         """See `Backbone.x0_and_features`."""
         with only_adapter(self.unet, self._names):
             return super().x0_and_features(x_t, t, labels, granularity)
+
+    def recompute_activations(self) -> None:
+        """See `UNet2DBackbone.recompute_activations`; for all roles on this base."""
+        self.unet.enable_gradient_checkpointing(_as_in_forward)
 
     def merged(self) -> UNet2DCondBackbone:
         """A plain network on the CPU whose weights have the adapter in them."""

@@ -37,6 +37,10 @@ class UNet2DBackbone(Backbone):
         self.shape = (unet.config.in_channels, height, width)
         self.num_classes = unet.config.num_class_embeds
 
+    def recompute_activations(self) -> None:
+        """Keep only what enters each block for the backward pass, which runs the blocks once more (arXiv 1604.06174)."""
+        self.unet.enable_gradient_checkpointing()
+
     def compile_unet(self) -> None:
         """Run plain predictions through torch.compile; passes that collect features stay eager, as their blocks are hooked."""
         self.unet.compile()

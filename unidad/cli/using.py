@@ -118,12 +118,19 @@ def add_export(commands: Commands) -> None:
         commands,
         "export",
         "Write a run's student as a stock diffusers folder with a model card.",
-        "  unidad export runs/mine --out my_generator\n  unidad export runs/mine --out my_generator --half",
+        """  unidad export runs/mine --out my_generator
+  unidad export runs/mine --out my_generator --half
+  unidad export runs/cat --out cat.safetensors --single-file""",
         _export,
     )
     parser.add_argument("model", metavar="RUN")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--half", action="store_true", help="store float16 weights")
+    parser.add_argument(
+        "--single-file",
+        action="store_true",
+        help="--out is one .safetensors file in the original layout of Stable Diffusion 1.x and 2.x (UNet, VAE, text encoder)",
+    )
 
 
 def add_info(commands: Commands) -> None:
@@ -131,8 +138,8 @@ def add_info(commands: Commands) -> None:
     parser = command(
         commands,
         "info",
-        "Say in plain words what a model, run or folder of pictures is.",
-        "  unidad info runs/mine\n  unidad info bundled:avatars",
+        "Say in plain words what a model, run, folder of pictures or .safetensors file is.",
+        "  unidad info runs/mine\n  unidad info bundled:avatars\n  unidad info dream.safetensors",
         _info,
     )
     parser.add_argument("path", metavar="PATH")
@@ -169,9 +176,10 @@ def _evaluate(args: argparse.Namespace, _console: Console) -> int:
 
 
 def _export(args: argparse.Namespace, _console: Console) -> int:
-    from unidad.commands import export_run
+    from unidad.commands import export_run, export_single_file
 
-    print(export_run(args.model, Path(args.out), args.half))
+    write = export_single_file if args.single_file else export_run
+    print(write(args.model, Path(args.out), args.half))
     return 0
 
 

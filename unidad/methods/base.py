@@ -23,8 +23,8 @@ class Phase:
         name: shown in logs.
         trains: names of the networks that learn in it; no other network receives a gradient.
         repeats: updates per cycle.
-        loss: real pictures [B, C, H, W] in [-1, 1] and, where each has a condition of its own, their labels [B] int64, else None
-            -> named scalar terms; "total" is what is minimised.
+        loss: real pictures [B, C, H, W] in [-1, 1]; where each has a condition of its own, their labels [B] int64, else None; where they
+            have masks, these, [B, 1, H, W] in [0, 1], else None -> named scalar terms; "total" is what is minimised.
         needs_data: False where the loss looks at no real picture; it is then given an empty batch.
         begins, ends: the first cycle it belongs to, and the first that it no longer does (None: it stays to the end).
     """

@@ -22,10 +22,12 @@ def denoise(
     label: int | Tensor | None = None,
     timesteps: Sequence[int] | None = None,
     law: str = "uniform",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """L_denoise of METHOD §6: one x0-prediction of noised x at t ~ U{0..T-1}, or uniform over `timesteps`.
 
-    x is [B, C, H, W]; `label` is one for all, or [B] int64; `law` "quadratic" (ours) draws t = T u^2 instead, more often at little noise.
+    x is [B, C, H, W]; `label` is one for all, or [B] int64; `law` "quadratic" (ours) draws t = T u^2 instead, more often at little noise;
+    `mask` as for `denoising_loss`.
     """
     if timesteps is None and law == "quadratic":
         t = model.schedule.quadratic(len(x), generator, 1.0)
@@ -37,7 +39,7 @@ def denoise(
     eps = torch.randn(x.shape, generator=generator, device=x.device)
     alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
     labels = torch.full_like(t, label) if isinstance(label, int) else label
-    return denoising_loss(x, model.x0(alpha * x + sigma * eps, t, labels), alpha, sigma, kind)
+    return denoising_loss(x, model.x0(alpha * x + sigma * eps, t, labels), alpha, sigma, kind, mask=mask)
 
 
 class Finetune(Method):
@@ -67,7 +69,9 @@ class Finetune(Method):
         self._model, self._generator, self._denoising, self._label, self._law = model, generator, denoising, label, law
         self.phases = [Phase(self.product, (self.product,), 1, self.loss)]
 
-    def loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
-        """L_denoise on real pictures [B, C, H, W]."""
+    def loss(self, pictures: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Losses:
+        """L_denoise on real pictures [B, C, H, W], where their masks say."""
         label = self._label if labels is None else labels
-        return {"total": denoise(self._model, pictures, self._generator, self._denoising, label, self.student_steps, self._law)}
+        return {
+            "total": denoise(self._model, pictures, self._generator, self._denoising, label, self.student_steps, self._law, masks)
+        }

@@ -240,10 +240,10 @@ class UniDAD(Method):
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
-    def student_loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
+    def student_loss(self, pictures: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Losses:
         """L_G on a fresh batch; the graph runs through the rollout, and through the fake teacher's encoder for the GAN.
 
-        The pictures [B, C, H, W] are those that an anchor of that kind is computed on.
+        The pictures [B, C, H, W] and their masks are those that an anchor of that kind is computed on.
         """
         x, context = self._student_batch()
         losses: Losses = {}
@@ -257,28 +257,27 @@ class UniDAD(Method):
             losses["gan"] = gan_generator_loss(self._judge(x, context), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
-            losses["anchor"] = self.anchor(pictures, labels)
+            losses["anchor"] = self.anchor(pictures, labels, masks)
             total = total + self.o.anchor_weight * losses["anchor"]
         if self.o.reuse_batch:
             self._fresh.append((x.detach(), context))
         return losses | {"total": total}
 
-    def anchor(self, pictures: Tensor, labels: Tensor | None = None) -> Tensor:
+    def anchor(self, pictures: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
         """L_denoise of the student itself.
 
-        With "pictures": on real pictures [B, C, H, W], noised to tau_K. With "teacher": from where the teacher's DDIM stands at each
+        With "pictures": on real pictures [B, C, H, W] where their masks say, noised to tau_K. With "teacher": from where the teacher's DDIM stands at each
         tau_k to where it ends (regression onto the teacher's ODE as in DMD, arXiv 2311.18828, section 4.2).
         """
         if self.o.anchor == "teacher":
             x_t, t, clean = self._from_pool(self.o.anchor_batch or self.batch_size)
-            labels = None  # the teacher drew them under the run's own
+            labels = masks = None  # the teacher drew them under the run's own
             alpha, sigma = self.student.schedule.alpha_sigma(t, x_t.ndim)
         else:
             clean, t = pictures, torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
             x_t, alpha, sigma = self._noised(clean, t)
-        return denoising_loss(
-            clean, self.student.x0(x_t, t, self._labels(len(t)) if labels is None else labels), alpha, sigma, self.o.denoising
-        )
+        xhat = self.student.x0(x_t, t, self._labels(len(t)) if labels is None else labels)
+        return denoising_loss(clean, xhat, alpha, sigma, self.o.denoising, mask=masks)
 
     def _from_pool(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         pool, draw = self._pool.use(), partial(torch.randint, generator=self.generator, device=self.generator.device)
@@ -327,10 +326,11 @@ class UniDAD(Method):
 
     # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
 
-    def fake_teacher_loss(self, pictures: Tensor, captions: Tensor | None = None) -> Losses:
+    def fake_teacher_loss(self, pictures: Tensor, captions: Tensor | None = None, _masks: Tensor | None = None) -> Losses:
         """On student samples without a graph into the student: fresh ones, or the student's own batch for the first.
 
-        `captions` are the labels of the pictures, where these have their own.
+        `captions` are the labels of the pictures, where these have their own. Masks are not used: samples have none, and heads that saw
+        masked photos beside whole samples would tell them apart by the masks.
         """
         x, context = self._samples_for_fake_teacher()
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
@@ -391,9 +391,9 @@ class UniDAD(Method):
 
     # -- the target teacher: L_trg (METHOD §6) ------------------------------------------------------------------------
 
-    def target_teacher_loss(self, pictures: Tensor, labels: Tensor | None = None) -> Losses:
-        """L_denoise on the target pictures, [B, C, H, W], under their own labels where they have them."""
+    def target_teacher_loss(self, pictures: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Losses:
+        """L_denoise on the target pictures, [B, C, H, W], under their own labels and where their own masks say, if they have them."""
         assert self.target_teacher is not None
         label = self.label if labels is None else labels
-        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label, law=self.o.denoising_law)
+        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label, law=self.o.denoising_law, mask=masks)
         return {"target": loss, "total": loss}
