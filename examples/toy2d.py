@@ -21,7 +21,8 @@ from unidad.backbones.base import Backbone, Granularity
 from unidad.heads import MultiHead
 from unidad.methods.base import Method, only_training
 from unidad.methods.finetune import Finetune
-from unidad.methods.unidad import Objective, UniDAD
+from unidad.methods.objective import Objective
+from unidad.methods.unidad import UniDAD
 from unidad.noise import NoiseSchedule
 from unidad.rollout import rollout, seeded_noise
 

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from unidad.augment import AUGMENTATIONS, HOLE, REACH, augment, parse_kinds
+from unidad.augment import AUGMENTATIONS, HOLE, PICTURES, REACH, Augmentation, augment, parse_kinds
 from unidad.config import TrainSettings, build_settings
 from unidad.errors import SettingsError
 
@@ -103,3 +103,46 @@ def test_heads_see_augmented_pictures_of_both_kinds_and_the_denoising_losses_see
     tiny.phase(method, "target_teacher").loss(real)
     assert len(seen) == 3
     assert student["gan"].requires_grad
+
+
+# -- adaptive ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_augmented_pictures_rises_where_the_heads_are_surer_than_the_target_and_falls_where_they_are_not():
+    augmentation, n = Augmentation("flip", 0.6), torch.tensor(PICTURES / 10)
+    assert augmentation.adapt(0.7 * n, n) == 0, "p as it was"
+    assert augmentation.p == pytest.approx(0.1)
+    augmentation.adapt(n, n)
+    assert augmentation.p == pytest.approx(0.2)
+    for _ in range(3):
+        augmentation.adapt(0.5 * n, n)
+    assert augmentation.p == 0, "not below"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_that_share_of_the_pictures_is_changed(p):
+    augmentation, x = Augmentation("cutout", 0.6), torch.ones(2000, 1, 8, 8)
+    augmentation.p = torch.tensor(p)
+    changed = (augmentation(x, generator()) != x).flatten(1).any(dim=1).float().mean()
+    assert changed == pytest.approx(p, abs=0.03 if 0 < p < 1 else 0)
+
+
+def test_the_share_is_learnt_from_the_heads_shown_and_carried_to_a_resumed_run(monkeypatch):
+    def after_one_update(bias: float):
+        method = tiny.unidad(augment="flip", augment_target=0.6, gan_weight=0.1, disc_weight=0.1)
+        assert method.heads is not None
+        monkeypatch.setattr(method, "_logits", lambda x_t, *_: torch.full((len(x_t), 3), bias))
+        losses = tiny.phase(method, "fake_teacher").loss(torch.zeros(2, *tiny.SHAPE))
+        assert losses["augment_p"] == 0
+        return method
+
+    sure, unsure = after_one_update(1.0), after_one_update(-1.0)
+    assert unsure.carried()[-1] == 0
+    assert sure.carried()[-1] == pytest.approx(2 / PICTURES)
+    unsure.restore(sure.carried())
+    assert torch.equal(unsure.carried()[-1], sure.carried()[-1])
+
+
+def test_a_target_without_augmentation_is_refused():
+    with pytest.raises(SettingsError, match="'augment_target' says how often pictures are augmented, and 'augment' is none"):
+        build_settings(TrainSettings, {"augment_target": 0.6})

@@ -133,6 +133,7 @@ class Seat:
             "anchor_steps": 1,
             "rollout_grad": "random",
             "augment": "flip",
+            "augment_target": 0.1,
         },
     ],
     ids=["paper", "anchored"],

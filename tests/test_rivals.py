@@ -14,8 +14,8 @@ from unidad.cli import main
 from unidad.heads import build_heads
 from unidad.losses import denoising_loss
 from unidad.methods.finetune import Finetune, denoise
+from unidad.methods.objective import Objective
 from unidad.methods.two_stage import AdaptThenDistill
-from unidad.methods.unidad import Objective
 from unidad.train import Stopped
 
 

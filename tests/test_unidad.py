@@ -7,8 +7,9 @@ import torch
 from unidad.heads import MultiHead, SingleHead, build_heads
 from unidad.losses import GAN_LOSSES, denoising_loss, gan_discriminator_loss
 from unidad.methods.base import only_training
+from unidad.methods.objective import Objective
 from unidad.methods.pool import REFRESH
-from unidad.methods.unidad import Objective, UniDAD
+from unidad.methods.unidad import UniDAD
 from unidad.rollout import ddim_states
 
 

@@ -12,7 +12,8 @@ from unidad.backbones.base import Backbone, Granularity
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.heads import build_heads
 from unidad.methods.base import Phase
-from unidad.methods.unidad import Objective, UniDAD
+from unidad.methods.objective import Objective
+from unidad.methods.unidad import UniDAD
 from unidad.noise import NoiseSchedule
 
 SHAPE = (3, 16, 16)

@@ -26,8 +26,9 @@ from unidad.ingredients_text import gather_text
 from unidad.log import Log
 from unidad.methods.base import Method
 from unidad.methods.finetune import Finetune
+from unidad.methods.objective import Objective
 from unidad.methods.two_stage import AdaptThenDistill
-from unidad.methods.unidad import Objective, UniDAD
+from unidad.methods.unidad import UniDAD
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.train import Trainer
 

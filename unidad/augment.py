@@ -1,4 +1,5 @@
-"""Differentiable augmentation of what the discriminator sees, against its learning ten pictures by heart (DiffAugment, arXiv 2006.10738).
+"""Differentiable augmentation of what the discriminator sees, against its learning ten pictures by heart: DiffAugment (arXiv 2006.10738),
+or as much of it as is needed (ADA, arXiv 2006.06676).
 
 Real pictures and student samples go through the same law, and gradients flow back to the student, so that the student is not taught
 to draw augmented pictures.
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PICTURES = 5000  # real ones that the heads see while the share of augmented pictures goes from none to all, or back
 REACH = 1 / 8  # of the side: how far "translate" moves a picture
 HOLE = 1 / 2  # of the side: the square that "cutout" blanks
 
@@ -25,6 +27,52 @@ def augment(x: Tensor, kinds: tuple[str, ...], generator: torch.Generator) -> Te
     for kind in kinds:
         x = AUGMENTATIONS[kind](x, generator)
     return x
+
+
+class Augmentation:
+    """`augment` for some pictures only, whose share p is learnt from the heads (ADA, arXiv 2006.06676, section 3.1).
+
+    Args:
+        kinds: as `parse_kinds` takes them.
+        target: r_t = E[sign(logits of real pictures)], between 0 (the heads know nothing) and 1 (they know each), above which p rises
+            and below which it falls; 0 augments every picture.
+        device: of p.
+
+    Attributes:
+        p: share of pictures that each kind is applied to, in [0, 1]; a tensor, so that nothing waits for a device.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+
+    def __init__(self, kinds: str, target: float = 0.0, device: torch.device | str = "cpu"):
+        self.kinds, self.target = parse_kinds(kinds), target
+        self.p = torch.full((), 0.0 if target else 1.0, device=device)
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """x, [B, C, H, W] in [-1, 1], with each kind applied to each picture with probability p."""
+        if not self.target:
+            return augment(x, self.kinds, generator)
+        for kind in self.kinds:
+            x = torch.where(_uniform(x, generator, 0, 1) < self.p, augment(x, (kind,), generator), x)
+        return x
+
+    def adapt(self, signs: Tensor, seen: Tensor) -> Tensor:
+        """Move p by `seen` pictures' worth, given the sum of the signs of their logits; returns p as it was for them."""
+        before = self.p
+        self.p = (before + (signs / seen - self.target).sign() * seen / PICTURES).clamp(0, 1)
+        return before
+
+    def carried(self) -> list[Tensor]:
+        """p, where it is learnt, for a checkpoint."""
+        return [self.p] if self.target else []
+
+    def restore(self, carried: list[Tensor]) -> list[Tensor]:
+        """Take back what `carried` gave from the end of a list; returns the rest."""
+        if not self.target:
+            return carried
+        self.p = carried[-1].to(self.p)
+        return carried[:-1]
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:

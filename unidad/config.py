@@ -76,6 +76,7 @@ class TrainSettings(LoopSettings):
     gan_loss: str = "bce"  # bce | hinge | lsgan | wgan-gp
     gan_aggregation: str = "per_head"  # per_head | mean_logit
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
+    augment_target: float = 0.0  # 0: that always; else as often as keeps the heads' mean sign on real pictures there (ADA: 0.6)
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
     anchor_weight: float = 0.0  # of the student's own denoising loss; 0 in the paper
@@ -179,6 +180,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "target_warmup": (0, 10**9 - 1),
     "target_cycles": (0, 10**9),
     "transfer": (0, 2),
+    "augment_target": (0, 1),
     "class_label": (-1, 10**9),
     "size": (8, 4096),
 }
@@ -260,6 +262,10 @@ def _check_together(settings: LoopSettings) -> None:
         raise SettingsError(
             f"'augment' must be none or some of {', '.join(AUGMENTATIONS)}, not '{kind}'.{did_you_mean(kind, AUGMENTATIONS)}"
         ) from None
+    if settings.augment_target and not parse_kinds(settings.augment):
+        raise SettingsError(
+            "'augment_target' says how often pictures are augmented, and 'augment' is none. Set augment=flip,translate."
+        )
     if settings.method in ("finetune", "distill-then-adapt"):
         if settings.method != "finetune" and settings.student_init == "source":
             raise SettingsError(

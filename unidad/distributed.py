@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from unidad.errors import LostProcessError
 
 _shared: ContextVar[bool] = ContextVar("shared", default=False)
+_sum: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("sum", default=None)
 
 
 @contextmanager
@@ -31,6 +32,16 @@ def shared_draws() -> Iterator[None]:
         yield
     finally:
         _shared.reset(token)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Within a loss: x summed over all processes of the run, which must all ask.
+
+    Raises:
+        LostProcessError: if another process has ended.
+    """
+    together = _sum.get()
+    return x if together is None else together(x)
 
 
 class _Rows(TorchFunctionMode):
@@ -76,12 +87,16 @@ class Ranks:
 
     @contextmanager
     def draws(self, generator: torch.Generator) -> Iterator[None]:
-        """Inside, what is drawn from `generator` is this process's rows of the whole batch's numbers."""
+        """Inside, what is drawn from `generator` is this process's rows of the whole batch's numbers, and `sum_over_processes` sums."""
         if self.count == 1:
             yield
             return
-        with _Rows(generator, self.rank, self.count):
-            yield
+        token = _sum.set(lambda x: self._together(x, "sum"))
+        try:
+            with _Rows(generator, self.rank, self.count):
+                yield
+        finally:
+            _sum.reset(token)
 
     def total(self, numbers: list[float]) -> list[float]:
         """Sums over all processes.

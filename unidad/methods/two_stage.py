@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from unidad.backbones.base import Backbone
-from unidad.methods.unidad import Objective, UniDAD
+from unidad.methods.objective import Objective
+from unidad.methods.unidad import UniDAD
 
 
 class AdaptThenDistill(UniDAD):

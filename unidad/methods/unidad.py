@@ -7,16 +7,15 @@ teacher once on the target pictures.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unidad.augment import augment, parse_kinds
-from unidad.backbones.base import Backbone, Granularity, guided
-from unidad.distributed import shared_draws
+from unidad.augment import Augmentation
+from unidad.backbones.base import Backbone, guided
+from unidad.distributed import shared_draws, sum_over_processes
 from unidad.losses import (
     denoising_loss,
     dmd_loss,
@@ -28,72 +27,9 @@ from unidad.losses import (
 from unidad.methods.base import Losses, Method, Phase
 from unidad.methods.finetune import denoise
 from unidad.methods.handover import add_change, same_weights
+from unidad.methods.objective import Objective
 from unidad.methods.pool import TrajectoryPool
 from unidad.rollout import batch_noise, ddim_trajectory, rollout
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The numbers of METHOD §4-§7; the defaults are the paper's for near FSIG targets.
-
-    Attributes:
-        a: weight of the target teacher against the source teacher, in [0, 1].
-        guidance: scale of classifier-free guidance on both teachers; 1 is none. Neither student nor fake teacher has any.
-        dmd_weight: of L_DMD; 0 leaves the GAN alone.
-        gan_weight: lambda_G. disc_weight: lambda_D.
-        anchor_weight: of L_denoise of the student itself at its last timestep tau_K. Not in the paper, so 0 by default: it keeps
-            the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
-        anchor: "pictures" noises the target pictures to the last timestep and asks for them back; "teacher" asks, at every timestep,
-            for where the target teacher's DDIM (the source teacher's if there is no other) leads, see `UniDAD.anchor`.
-        anchor_steps: of that DDIM for each of the student's. anchor_pool: trajectories kept. anchor_batch: 0 is batch_size.
-        fake_updates: k, fake-teacher updates per cycle.
-        reuse_batch: the student's own batch serves the first of the k (METHOD §8).
-        rollout_grad: "all", "last", or "random" (backward simulation: stop after a random step).
-        augment: what is done to every picture the heads see, such as "flip,translate"; see `unidad.augment`.
-        timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T, "karras" or "quadratic" (see `NoiseSchedule`).
-        denoising_law: of t in the target teacher's own loss, "uniform" (METHOD §6) or "quadratic".
-        shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D; not with `augment`, which L_fk must not see.
-        joint_batch: where that is not so, the heads see real and fake pictures in one batch instead of two.
-    """
-
-    a: float = 0.25
-    guidance: float = 1.0
-    dmd_weight: float = 1.0
-    gan_weight: float = 0.01
-    disc_weight: float = 0.03
-    gan_loss: str = "bce"
-    gan_aggregation: str = "per_head"
-    gradient_penalty_weight: float = 10.0
-    augment: str = "none"
-    anchor_weight: float = 0.0
-    anchor: str = "pictures"
-    anchor_steps: int = 4
-    anchor_pool: int = 256
-    anchor_batch: int = 0
-    features: Granularity = "stage"
-    fake_updates: int = 5
-    reuse_batch: bool = True
-    rollout_grad: str = "all"
-    timestep_law: str = "uniform"
-    denoising: str = "epsilon"
-    denoising_law: str = "uniform"
-    shared_forward: bool = True
-    joint_batch: bool = False
-
-    @property
-    def uses_source(self) -> bool:
-        """Whether the source teacher has a weight."""
-        return self.dmd_weight > 0 and self.a < 1
-
-    @property
-    def uses_target(self) -> bool:
-        """Whether the target teacher has a weight."""
-        return self.dmd_weight > 0 and self.a > 0
-
-    @property
-    def uses_gan(self) -> bool:
-        """Whether heads are needed."""
-        return self.gan_weight > 0 or self.disc_weight > 0
 
 
 class UniDAD(Method):
@@ -153,7 +89,7 @@ class UniDAD(Method):
         self.student, self.fake_teacher = student, fake_teacher
         self.source_teacher, self.target_teacher, self.heads = source_teacher, target_teacher, heads
         self.student_steps: list[int] = student_steps
-        self._augmentations = parse_kinds(objective.augment)
+        self._augmentation = Augmentation(objective.augment, objective.augment_target, generator.device)
         self.batch_size, self.generator, self.label, self.contexts = batch_size, generator, label, contexts
         named: dict[str, nn.Module | None] = {"student": student, "source_teacher": source_teacher, "fake_teacher": fake_teacher}
         named |= {"target_teacher": target_teacher, "heads": heads}
@@ -184,9 +120,11 @@ class UniDAD(Method):
         return ("student", "fake_teacher")
 
     def carried(self) -> list[Tensor]:
-        """Student samples kept for the first fake-teacher update, then the anchor's pool and its age, if there is one."""
+        """Student samples kept for the first fake-teacher update, then the anchor's pool and its age, then how often pictures are augmented
+        (where there is a pool, and where that is learnt).
+        """
         fresh = [tensor for pair in self._fresh for tensor in pair if tensor is not None]
-        return [*fresh, *self._pool.carried()]
+        return [*fresh, *self._pool.carried(), *self._augmentation.carried()]
 
     def carried_rows(self) -> int:
         """The student samples, and their labels."""
@@ -195,7 +133,7 @@ class UniDAD(Method):
     def restore(self, carried: list[Tensor]) -> None:
         """Take them back."""
         self._fresh = []
-        for tensor in self._pool.restore(carried):
+        for tensor in self._pool.restore(self._augmentation.restore(carried)):
             if tensor.ndim == 1:  # labels follow their samples
                 self._fresh[-1] = (self._fresh[-1][0], tensor)
             else:
@@ -230,7 +168,7 @@ class UniDAD(Method):
 
     def _disguised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Clean pictures as the heads see them: augmented and noised to random t; with t."""
-        x = augment(x, self._augmentations, self.generator)
+        x = self._augmentation(x, self.generator)
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
         return self._noised(x, t)[0], t
 
@@ -340,17 +278,22 @@ class UniDAD(Method):
             xhat = self.fake_teacher.x0(x_t, t, labels)
             fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
             return {"fake": fake, "total": fake}
-        if self.o.shared_forward and not self._augmentations:
+        if self.o.shared_forward and not self._augmentation.kinds:
             xhat, features = self.fake_teacher.x0_and_features(x_t, t, labels, self.o.features)
             assert self.heads is not None
             fake_logits, real_logits = self.heads(features), self._judge(pictures, captions)
         else:
             xhat = self.fake_teacher.x0(x_t, t, labels)
-            shown = self._disguised(x) if self._augmentations else (x_t, t)
+            shown = self._disguised(x) if self._augmentation.kinds else (x_t, t)
             fake_logits, real_logits = self._judge_both(shown, labels, self._disguised(pictures), captions)
         fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
         disc, accuracy = self._discriminator_loss(pictures, x, fake_logits, real_logits)
-        return {"fake": fake, "disc": disc, "disc_accuracy": accuracy, "total": fake + self.o.disc_weight * disc}
+        told: Losses = {"fake": fake, "disc": disc, "disc_accuracy": accuracy}
+        if self._augmentation.target:
+            surely_real = real_logits.detach().float().sign().mean(dim=1).sum()
+            seen = surely_real.new_tensor(float(len(pictures)))
+            told["augment_p"] = self._augmentation.adapt(*sum_over_processes(torch.stack([surely_real, seen])))
+        return told | {"total": fake + self.o.disc_weight * disc}
 
     def _judge_both(
         self, fake: tuple[Tensor, Tensor], labels: Tensor | None, real: tuple[Tensor, Tensor], captions: Tensor | None
