@@ -59,6 +59,8 @@ def test_both_ends_of_every_range_are_allowed(key):
     relaxed = {"dmd_weight": 1.0, "gan_weight": 0.0 if key == "disc_weight" else 0.1, "disc_weight": 1.0, "cycles": 10**9}
     if key == "transfer":
         relaxed["target_teacher"] = "a folder"
+    if key == "augment_target":
+        relaxed["augment"] = "flip"
     for end in RANGES[key]:
         assert getattr(train(**(relaxed | {key: end})), key) == end
 
