@@ -67,6 +67,12 @@ def test_the_numbers_of_a_cycle_fit_each_other(tmp_path):
     assert result["images_per_second"] == pytest.approx(2 / result["seconds"]["cycle"])
 
 
+def test_a_log_line_is_really_written_where_its_cost_is_measured(tmp_path):
+    result = bench_train("avatars", SMALL, 2, tmp_path)
+    assert [len(json.loads(line)["losses"]) > 3 for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [True] * 3
+    assert 0 < result["log_share"] < 1
+
+
 def test_an_architecture_has_its_attention_where_it_says():
     unet, architecture = random_model("adm-32x64").backbone.unet, ARCHITECTURES["adm-32x64"]
     assert tuple(bool(getattr(block, "attentions", None)) for block in unet.down_blocks) == architecture.attends

@@ -117,6 +117,13 @@ class Cycle:
             spent[phase.name] = time.perf_counter() - start
         return spent
 
+    def log_line(self) -> float:
+        """Write the log line of the cycles since the last one; its seconds."""
+        _synchronise(self.device)
+        start = time.perf_counter()
+        self.trainer.write_log()
+        return time.perf_counter() - start
+
     def flops(self) -> dict[str, int]:
         """Run one cycle and count each phase's FLOPs from its graph (attention by its plain formula)."""
         counted = {}
@@ -142,8 +149,8 @@ def bench_train(arch: str, values: Values, cycles: int, folder: Path) -> dict[st
 
     Returns:
         Ready for JSON: "seconds" a cycle and by phase, "flops" a cycle and by phase, "forwards" (the cycle in units of one full
-        forward of its batch), "images_per_second" (student samples learned from), "peak_bytes", "matmul_flops_per_second" and
-        "share", the cycle's FLOPs over its seconds as a share of that.
+        forward of its batch), "images_per_second" (student samples learned from), "peak_bytes", "matmul_flops_per_second",
+        "share", the cycle's FLOPs over its seconds as a share of that, and "log_share", what a log line every `log_every` cycles adds.
 
     Raises:
         SettingsError: for an unknown architecture or setting, or fewer than 1 cycle.
@@ -153,7 +160,8 @@ def bench_train(arch: str, values: Values, cycles: int, folder: Path) -> dict[st
     cycle = Cycle.build(arch, values, folder)
     s, device = cycle.trainer.settings, cycle.device
     cycle.run()
-    runs = [cycle.run() for _ in range(cycles)]
+    cycle.log_line()
+    runs, lines = zip(*[(cycle.run(), cycle.log_line()) for _ in range(cycles)], strict=True)
     peak = peak_memory(device)
     flops = cycle.flops()
     seconds = {name: statistics.median(run[name] for run in runs) for name in flops}
@@ -174,6 +182,7 @@ def bench_train(arch: str, values: Values, cycles: int, folder: Path) -> dict[st
         "peak_bytes": peak,
         "matmul_flops_per_second": rate,
         "share": sum(flops.values()) / total / rate,
+        "log_share": statistics.median(lines) / s.log_every / total,
     }
 
 

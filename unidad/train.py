@@ -125,7 +125,7 @@ class Trainer:
                     break
             self._stop_if_asked()
             if self.log.pending:
-                self._flush()
+                self.write_log()
             self.save()
             if not s.sample_every or self.place.cycle % s.sample_every:
                 self._sample()
@@ -282,13 +282,14 @@ class Trainer:
     def _after_cycle(self) -> None:
         s, cycle = self.settings, self.place.cycle
         if cycle % s.log_every == 0:
-            self._flush()
+            self.write_log()
         if s.save_every and cycle % s.save_every == 0 and cycle < s.cycles:
             self.save()
         if s.sample_every and cycle % s.sample_every == 0:
             self._sample()
 
-    def _flush(self) -> None:
+    def write_log(self) -> None:
+        """One line of means since the last one; the only place in a cycle that reads numbers back from the device."""
         self._read_guard()
         skipped = {"skipped": self.place.skipped} if self.place.skipped else {}
         self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates), **skipped, **self._saving)

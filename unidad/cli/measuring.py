@@ -97,6 +97,7 @@ def _as_text(result: Mapping[str, Any]) -> str:
     rate = result["matmul_flops_per_second"] / 1e9
     lines.append(f"  {result['forwards']:.1f} forwards of the batch a cycle; {result['images_per_second']:.2f} student samples/s")
     lines.append(
-        f"  {result['share']:.0%} of a matrix product's rate here ({rate:.0f} GFLOP/s); peak {result['peak_bytes'] / 1e9:.2f} GB"
+        f"  {result['share']:.0%} of a matrix product's rate here ({rate:.0f} GFLOP/s); peak {result['peak_bytes'] / 1e9:.2f} GB; "
+        f"log lines add {result['log_share']:.2%}"
     )
     return "\n".join(lines)
