@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unidad import info
+from unidad import info, ingredients
 from unidad.cli import main
 from unidad.report import read_log
 
@@ -92,7 +92,10 @@ def test_info_says_what_things_are(run: Path, source: Path, picture_folder: Path
         assert words in capsys.readouterr().out
 
 
-def test_resume_is_the_same_run(run: Path, source: Path, picture_folder: Path, tmp_path: Path) -> None:
+def test_resume_is_the_same_run(
+    run: Path, source: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingredients, "write_report", lambda *_, **__: None)
     args = ["train", "--source", str(source), "--target", str(picture_folder), "--out", str(tmp_path / "r"), *TINY]
     assert main([*args, "--set", "cycles=2"]) == 0
     assert main([*args, "--resume"]) == 0

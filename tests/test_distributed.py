@@ -140,7 +140,7 @@ class Seat:
 )
 def test_two_threads_are_one(numbers: dict, picture_folder: Path, tmp_path: Path) -> None:
     """The same sum without starting processes: every trained network after two cycles, and its losses."""
-    settings = {"cycles": 2, "accumulation": 2, "lr": 1e-4}
+    settings = {"cycles": 2, "accumulation": 2, "lr": 1e-4, "precision": "fp32"}
     table = Table(2)
     trainers = [make(tmp_path / "two", picture_folder, tiny.unidad(2, **numbers), Seat(table, rank), **settings) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -185,17 +186,29 @@ JOBS = {
 
 
 @pytest.fixture(scope="module")
-def distilled(source, picture_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "distilled"
-    assert main(["distill", "--data", str(picture_folder), "--source", str(source), "--out", str(out), *QUICK]) == 0
-    return out
+def rival(source, picture_folder, tmp_path_factory):
+    """A function of a rival's name: its run folder, made once."""
+    made = {}
+
+    def make_run(name):
+        if name not in made:
+            start = ["--set", f"student_init={make_run('distill')}"] if name == "distill-then-adapt" else []
+            out = tmp_path_factory.mktemp("runs") / name
+            assert main([*JOBS[name], str(picture_folder), "--source", str(source), "--out", str(out), *QUICK, *start]) == 0
+            made[name] = out
+        return made[name]
+
+    return make_run
+
+
+@pytest.fixture(scope="module")
+def distilled(rival):
+    return rival("distill")
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_each_rival_leaves_a_product_a_grid_and_a_report(name, source, distilled, tmp_path, picture_folder, capsys):
-    out = tmp_path / "run"
-    start = ["--set", f"student_init={distilled}"] if name == "distill-then-adapt" else []
-    assert main([*JOBS[name], str(picture_folder), "--source", str(source), "--out", str(out), *QUICK, *start]) == 0
+def test_each_rival_leaves_a_product_a_grid_and_a_report(name, rival, tmp_path, capsys):
+    out = rival(name)
     facts = json.loads((out / "run.json").read_text())
     product = "model" if name == "finetune" else "student"
     assert facts["product"] == product
@@ -218,9 +231,9 @@ def test_distilling_uses_the_source_teacher_alone_and_a_single_head(distilled):
     )
 
 
-def test_an_unfinished_fine_tuning_is_drawn_from_its_checkpoint(source, tmp_path, picture_folder):
+def test_an_unfinished_fine_tuning_is_drawn_from_its_checkpoint(rival, tmp_path):
     out = tmp_path / "run"
-    assert main(["finetune", "--target", str(picture_folder), "--source", str(source), "--out", str(out), *QUICK]) == 0
+    shutil.copytree(rival("finetune"), out)
     (out / "model").rename(out / "elsewhere")
     assert main(["sample", str(out), "-n", "2", "--out", str(tmp_path / "drawn"), "--steps", "2"]) == 0
     assert main(["sample", str(out / "elsewhere"), "-n", "2", "--out", str(tmp_path / "finished"), "--steps", "2"]) == 0
@@ -247,10 +260,9 @@ def test_pictures_must_be_given(command, capsys):
     assert ("--data" if command == ["distill"] else "--target") in capsys.readouterr().err
 
 
-def test_a_rivals_card_says_how_it_was_made(distilled, source, picture_folder, tmp_path):
-    start = ["--set", f"student_init={distilled}", "--source", str(source)]
-    assert main([*JOBS["distill-then-adapt"], str(picture_folder), "--out", str(tmp_path / "run"), *QUICK, *start]) == 0
-    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 0
-    for folder in (tmp_path / "run" / "student", tmp_path / "exported"):
+def test_a_rivals_card_says_how_it_was_made(distilled, rival, tmp_path):
+    run = rival("distill-then-adapt")
+    assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
+    for folder in (run / "student", tmp_path / "exported"):
         assert "fine-tuned at its own timesteps" in (folder / "README.md").read_text()
     assert "with the source teacher alone" in (distilled / "student" / "README.md").read_text()
