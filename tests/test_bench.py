@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from unidad.architectures import ARCHITECTURES, random_model
-from unidad.bench import Cycle, bench_train, compare
+from unidad.architectures import ARCHITECTURES, TEXT_UNETS, random_model
+from unidad.bench import COUNTED, Cycle, bench_sample, bench_train, compare
 from unidad.cli import main
 
 SMALL = {"batch_size": 2, "steps": 1, "fake_updates": 1, "gan_weight": 0.0, "disc_weight": 0.0}
@@ -71,6 +73,52 @@ def test_a_log_line_is_really_written_where_its_cost_is_measured(tmp_path):
     result = bench_train("avatars", SMALL, 2, tmp_path)
     assert [len(json.loads(line)["losses"]) > 3 for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [True] * 3
     assert 0 < result["log_share"] < 1
+
+
+TINY_TEXT = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+@pytest.fixture
+def tiny_text(monkeypatch):
+    monkeypatch.setitem(TEXT_UNETS, "sd-1.5", TINY_TEXT)
+    return "sd-1.5"
+
+
+def test_guidance_costs_one_more_forward_for_each_teacher(tiny_text, tmp_path):
+    counted = {scale: Cycle.build(tiny_text, SMALL | {"guidance": scale}, tmp_path / str(scale)) for scale in (1.0, 7.5)}
+    plain, guided = (cycle.flops() for cycle in counted.values())
+    assert guided["student"] - plain["student"] == 2 * 2 * counted[1.0].forward_flops()
+    assert guided["fake_teacher"] == plain["fake_teacher"]
+
+
+def test_counted_flops_are_those_of_attention_by_its_plain_formula(tiny_text):
+    """The fused kernel is counted by a formula of ours; torch counts the matrix products of the plain one by itself."""
+    backbone = random_model(tiny_text).backbone
+    x, t = torch.randn(2, *backbone.shape), torch.tensor([7, 8])
+    counts = []
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(kernel), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            backbone.x0(x, t, torch.zeros(2, dtype=torch.long)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_text_shape_draws_and_trains_with_adapters(tiny_text, tmp_path):
+    assert bench_sample(tiny_text, 3, 1, 2)["arch"] == "sd-1.5"
+    cycle = Cycle.build(tiny_text, SMALL | {"lora_rank": 2}, tmp_path)
+    adapters = sum(p.numel() for p in cycle.trainer.method.networks["student"].parameters())
+    assert 0 < adapters < sum(p.numel() for p in random_model(tiny_text).backbone.parameters()) / 2
+    cycle.run()
+    assert cycle.trainer.place.updates["student"] == 1
 
 
 def test_an_architecture_has_its_attention_where_it_says():

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from unidad.backbones.lora import LoraRole, only_adapter
+from unidad.backbones.lora import LoraRole, _layers, only_adapter
 
 T = torch.tensor([3, 500])
 LABELS = torch.tensor([0, 1])
@@ -68,7 +68,8 @@ def test_nothing_is_active_outside_of_a_role_even_after_an_error():
         nets["student"].x0(X, T, LABELS)
     hook.remove()
     assert torch.equal(unet(X, T, nets["student"].prompts[LABELS]).sample, base)
-    with only_adapter(unet, ["student"]), only_adapter(unet, []):
+    layers = _layers(unet)
+    with only_adapter(layers, ["student"]), only_adapter(layers, []):
         assert torch.equal(unet(X, T, nets["student"].prompts[LABELS]).sample, base)
 
 

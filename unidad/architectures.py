@@ -85,17 +85,21 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_names() -> list[str]:
     """Names that `random_model` knows."""
-    return sorted([BUNDLED, *ARCHITECTURES])
+    return sorted([BUNDLED, *ARCHITECTURES, *TEXT_UNETS])
 
 
 def random_model(name: str, seed: int = 0) -> Model:
-    """A model of that shape with random weights and the linear 1000-step schedule; `avatars` is the bundled one as it is.
+    """A model of that shape with random weights and the schedule of its kind; `avatars` is the bundled one as it is.
 
     Raises:
         SettingsError: for an unknown name.
     """
     if name == BUNDLED:
         return load_model("bundled:avatars")
+    if name in TEXT_UNETS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Model(_text_backbone(TEXT_UNETS[name], "cpu"), {"prediction_type": "epsilon"}, name, "random")
     if name not in ARCHITECTURES:
         known = architecture_names()
         raise SettingsError(f"There is no architecture '{name}'.{did_you_mean(name, known)} Known: {', '.join(known)}.")
@@ -128,7 +132,11 @@ TEXT_UNETS: dict[str, dict[str, Any]] = {
 
 def text_unet(config: Mapping[str, Any]) -> UNet2DCondBackbone:
     """A network of that configuration without weights, on the meta device, under one prompt of 77 tokens and the empty one."""
-    with torch.device("meta"):
+    return _text_backbone(config, "meta")
+
+
+def _text_backbone(config: Mapping[str, Any], device: str) -> UNet2DCondBackbone:
+    with torch.device(device):
         unet = UNet2DConditionModel.from_config(dict(config))
         tokens = 77 + (pooled_width(unet.config) is not None)
         prompts = torch.zeros(2, tokens, unet.config.cross_attention_dim)

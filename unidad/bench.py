@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from unidad.adapt import build_method, network_rates
-from unidad.architectures import random_model
+from unidad.architectures import TEXT_UNETS, random_model
 from unidad.backbones.base import Backbone
+from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings, build_settings
-from unidad.data import PictureSet, PictureStream
+from unidad.data import PictureSet
 from unidad.device import make_accelerator, pick_device, use_bf16
 from unidad.errors import SettingsError
-from unidad.ingredients import Ingredients
+from unidad.ingredients import Ingredients, student_steps
+from unidad.ingredients_text import gather_nothing
 from unidad.log import Log
 from unidad.metrics.extractors import load_extractor
 from unidad.run import RunFolder
@@ -39,7 +40,23 @@ REFERENCE: dict[str, Any] = {
     "warmup": 0,
     "ema": 0.0,
 }
+# What a text-to-image shape needs besides: words that say nothing, as its prompts are random too.
+TOLD: dict[str, Any] = {"prompt": "a prt cat", "class_prompt": "a cat"}
 PICTURES = 10
+
+
+def _attention(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(*shapes[:3])
+
+
+def _attention_backward(_grad: Any, *shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * sdpa_flop_count(*shapes[:3])  # without what a fused kernel computes a second time
+
+
+# Fused attention, whose FLOPs torch does not know on a CPU, and on a GPU counts with the recomputation.
+_FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+COUNTED = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention for name in _FUSED}
+COUNTED |= {getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward"): _attention_backward for name in _FUSED}
 
 
 def _synchronise(device: torch.device) -> None:
@@ -75,6 +92,17 @@ def peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def _random_ingredients(arch: str, settings: TrainSettings, count: int) -> Ingredients:
+    """A model of random weights and `count` random pictures, or latents."""
+    model = random_model(arch)
+    if isinstance(model.backbone, UNet2DCondBackbone):
+        return gather_nothing(settings, model.backbone, count)
+    generator = torch.Generator().manual_seed(settings.seed)
+    pixels = torch.randint(0, 256, (count, *model.backbone.shape), generator=generator, dtype=torch.uint8)
+    pictures = PictureSet(pixels, [f"random {i}" for i in range(count)], "random")
+    return Ingredients(model, pictures, None, None, student_steps(settings, model.backbone.schedule))
+
+
 @dataclass
 class Cycle:
     """One architecture and one set of settings, ready to be run cycle by cycle through the real loop."""
@@ -89,19 +117,15 @@ class Cycle:
         Raises:
             SettingsError: for an unknown architecture or setting.
         """
-        settings = build_settings(TrainSettings, REFERENCE, {"tracker": "none", "cycles": 10**6}, values)
-        model, device = random_model(arch), pick_device(settings.device)
-        generator = torch.Generator().manual_seed(settings.seed)
-        pixels = torch.randint(0, 256, (count, *model.backbone.shape), generator=generator, dtype=torch.uint8)
-        pictures = PictureSet(pixels, [f"random {i}" for i in range(count)], "random")
-        steps = model.backbone.schedule.student_steps(settings.steps, settings.grid)
-        parts = Ingredients(model, pictures, None, None, steps)
+        told = TOLD if arch in TEXT_UNETS else {}
+        settings = build_settings(TrainSettings, REFERENCE, told, {"tracker": "none", "cycles": 10**6}, values)
+        device, parts = pick_device(settings.device), _random_ingredients(arch, settings, count)
         folder.mkdir(parents=True, exist_ok=True)
         run = RunFolder(folder)
         source = torch.Generator(device).manual_seed(settings.seed)
         method = build_method(settings, parts, device, source)
         accelerator = make_accelerator(settings, run)
-        stream = PictureStream(pixels, hflip=settings.hflip, seed=settings.seed, device=device)
+        stream = parts.stream(settings, device)
         log = Log(run, accelerator)
         return cls(Trainer(method, stream, settings, run, log, source, accelerator, rates=network_rates(settings)), device)
 
@@ -128,7 +152,7 @@ class Cycle:
         """Run one cycle and count each phase's FLOPs from its graph (attention by its plain formula)."""
         counted = {}
         for phase in self.trainer.method.cycle_phases(self.trainer.place.cycle):
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
                 for _ in range(phase.repeats):
                     self.trainer.update(phase)
             counted[phase.name] = counter.get_total_flops()
@@ -138,9 +162,9 @@ class Cycle:
         """FLOPs of one full forward of one picture: the F of the cost model."""
         network = self.trainer.method.networks["fake_teacher"]
         assert isinstance(network, Backbone)
-        x = torch.zeros(1, *network.shape, device=self.device)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            network.x0(x, torch.zeros(1, dtype=torch.long, device=self.device))
+        x, zero = torch.zeros(1, *network.shape, device=self.device), torch.zeros(1, dtype=torch.long, device=self.device)
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            network.x0(x, zero, None if network.num_classes is None else zero)
         return counter.get_total_flops()
 
 
@@ -228,7 +252,7 @@ def compare_train(arch: str, first: Values, second: Values, pairs: int, folder: 
 
 
 def bench_sample(arch: str, n: int, steps: int, batch_size: int, device: str = "auto") -> dict[str, Any]:
-    """Cost of drawing `n` pictures in `steps` network evaluations each, after one batch to warm up.
+    """Cost of drawing `n` pictures (of latents: without the VAE) in `steps` network evaluations each, after one batch to warm up.
 
     Raises:
         SettingsError: for an unknown architecture, or numbers below 1.
@@ -237,11 +261,11 @@ def bench_sample(arch: str, n: int, steps: int, batch_size: int, device: str = "
         raise SettingsError("-n, --steps and --batch-size must be at least 1.")
     place = pick_device(device)
     backbone = random_model(arch).backbone.to(place)
-    grid = backbone.schedule.student_steps(steps)
-    draw(backbone, min(n, batch_size), steps=grid, batch_size=batch_size)
+    grid, label = backbone.schedule.student_steps(steps), None if backbone.num_classes is None else 0
+    draw(backbone, min(n, batch_size), steps=grid, batch_size=batch_size, label=label)
     _synchronise(place)
     start = time.perf_counter()
-    draw(backbone, n, steps=grid, batch_size=batch_size)
+    draw(backbone, n, steps=grid, batch_size=batch_size, label=label)
     _synchronise(place)
     seconds = time.perf_counter() - start
     facts = {"arch": arch, "n": n, "steps": steps, "batch_size": batch_size, "threads": torch.get_num_threads()}

@@ -32,7 +32,7 @@ from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.captions import read_captions
 from unidad.config import TrainSettings
-from unidad.data import LatentStream, PictureStream, load_folder, to_signed
+from unidad.data import LatentStream, PictureSet, PictureStream, load_folder, to_signed
 from unidad.device import pick_device
 from unidad.errors import SettingsError
 from unidad.export_text import save_lora, save_text_student
@@ -162,6 +162,23 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
     notes = [*_notes(source.folder, settings), *declared_wrongly(source.backbone, latents[:1], told["student"])]
     pictures = replace(pictures, notes=[*pictures.notes, *notes])
     return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, captions, settings.lora_rank, told)
+
+
+def gather_nothing(settings: TrainSettings, backbone: UNet2DCondBackbone, pictures: int = 1) -> TextIngredients:
+    """For a network alone, as counting and measuring have it: random latents, and prompts that are the network's own table.
+
+    Raises:
+        SettingsError: settings do not fit a text-to-image source.
+    """
+    check_text_settings(settings)
+    source = TextModel(backbone, {}, settings.source, "")
+    init = None if settings.student_init == "source" else source
+    adapted = None if settings.target_teacher in ("online", "off") else source
+    latents = torch.randn(pictures, *backbone.shape, generator=torch.Generator().manual_seed(settings.seed))
+    shown = PictureSet(torch.zeros(pictures, 3, 8, 8, dtype=torch.uint8), ["none"] * pictures, "none")
+    told = dict.fromkeys(("student", "source_teacher"), backbone.prompts)
+    steps, rows = student_steps(settings, backbone.schedule), torch.zeros(pictures, dtype=torch.long)
+    return TextIngredients(source, shown, init, adapted, steps, latents, latents, rows, settings.lora_rank, told)
 
 
 def _tell(settings: TrainSettings, folder: Path, captions: list[str]) -> tuple[dict[str, Tensor], Tensor]:

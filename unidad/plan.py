@@ -22,15 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from unidad.adapt import build_method
 from unidad.architectures import TEXT_UNETS, text_unet
 from unidad.backbones.load import find_folder, load_model, read_json
-from unidad.backbones.load_text import TextModel, is_text_to_image
+from unidad.backbones.load_text import is_text_to_image
 from unidad.backbones.lora import LoraRole
 from unidad.bench import matmul_rate
 from unidad.config import TrainSettings
 from unidad.data import PictureSet
 from unidad.device import pick_device, use_bf16
 from unidad.errors import SettingsError
-from unidad.ingredients import Ingredients, fitting_steps, student_steps
-from unidad.ingredients_text import TextIngredients, check_text_settings
+from unidad.ingredients import Ingredients, fitting_steps
+from unidad.ingredients_text import TextIngredients, gather_nothing
 from unidad.methods.base import Method, Phase, only_training
 
 GB = 1e9
@@ -135,18 +135,7 @@ def _text_parts(settings: TrainSettings) -> TextIngredients | None:
         config = read_json(find_folder(settings.source) / "unet" / "config.json")
     else:
         return None
-    check_text_settings(settings)
-    backbone = text_unet(config)
-    source = TextModel(backbone, {}, settings.source, "")
-    given = settings.target_teacher not in ("online", "off")
-    init, adapted = None if settings.student_init == "source" else source, source if given else None
-    told = dict.fromkeys(("student", "source_teacher"), backbone.prompts)
-    nothing, steps = (
-        PictureSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["none"], "none"),
-        student_steps(settings, backbone.schedule),
-    )
-    latents, captions = torch.zeros(1, *backbone.shape), torch.zeros(1, dtype=torch.long)
-    return TextIngredients(source, nothing, init, adapted, steps, latents, latents, captions, settings.lora_rank, told)
+    return gather_nothing(settings, text_unet(config))
 
 
 def _method_without_weights(settings: TrainSettings) -> Method:

@@ -33,12 +33,11 @@ def _layers(unet: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def only_adapter(unet: nn.Module, names: list[str]) -> Iterator[None]:
-    """Inside, only the adapters named are active; afterwards those that were before, however the block ends.
+def only_adapter(layers: list[Any], names: list[str]) -> Iterator[None]:
+    """Inside, only the adapters named are active on these layers; afterwards those that were before, however the block ends.
 
     peft's own `set_adapter` would also switch on gradients of the active adapter, and leave them on another role's.
     """
-    layers = _layers(unet)
     before = [layer._active_adapter for layer in layers]
     try:
         for layer in layers:
@@ -55,7 +54,7 @@ def _as_in_forward(block: nn.Module, *inputs: Any) -> Any:
     names = layers[0]._active_adapter if layers else []
 
     def run(*again: Any) -> Any:
-        with only_adapter(block, names):
+        with only_adapter(layers, names):
             return block(*again)
 
     return checkpoint(run, *inputs, use_reentrant=False)
@@ -81,6 +80,7 @@ class LoraRole(UNet2DCondBackbone):
         del self.unet
         object.__setattr__(self, "unet", base.unet)  # shared: no submodule, so neither trained nor saved with this role
         self.role, self._names = role, [role] if rank else []
+        self._layers: list[Any] = []
         self.adapter = nn.ModuleDict(self._add_adapter(rank) if rank else {})
         self.unet.requires_grad_(False)
 
@@ -90,26 +90,31 @@ class LoraRole(UNet2DCondBackbone):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "more than one adapter": that is the point
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), self.role)
-        layers = _layers(self.unet)
+        self._layers = layers = _layers(self.unet)
         for layer in layers:
             layer._active_adapter = []
         return {str(i): nn.ModuleList([layer.lora_A[self.role], layer.lora_B[self.role]]) for i, layer in enumerate(layers)}
 
+    @property
+    def _adapted(self) -> list[Any]:
+        """The layers that have adapters, the same for all; a role without one may be made before they are there, and looks each time."""
+        return self._layers or _layers(self.unet)
+
     def x0(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """See `Backbone.x0`."""
-        with only_adapter(self.unet, self._names):
+        with only_adapter(self._adapted, self._names):
             return super().x0(x_t, t, labels)
 
     def features(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, granularity: Granularity = "stage") -> list[Tensor]:
         """See `Backbone.features`."""
-        with only_adapter(self.unet, self._names):
+        with only_adapter(self._adapted, self._names):
             return super().features(x_t, t, labels, granularity)
 
     def x0_and_features(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, granularity: Granularity = "stage"
     ) -> tuple[Tensor, list[Tensor]]:
         """See `Backbone.x0_and_features`."""
-        with only_adapter(self.unet, self._names):
+        with only_adapter(self._adapted, self._names):
             return super().x0_and_features(x_t, t, labels, granularity)
 
     def recompute_activations(self) -> None:

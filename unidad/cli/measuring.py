@@ -25,7 +25,9 @@ def add_bench(commands: Commands) -> None:
   unidad bench train --arch avatars --compare shared_forward=true shared_forward=false
   unidad bench sample --arch avatars -n 1000 --steps 3
   unidad bench evaluate -n 256
-architectures: avatars (the bundled model), adm-32x64 (for CPUs), adm-256 (the FFHQ model's shape; needs a GPU)""",
+  unidad bench train --arch sd-1.5 --preset sdp --set lora_rank=64
+architectures: avatars (the bundled model), adm-32x64 (for CPUs), adm-256 (the FFHQ model's shape), sd-1.5 and sdxl (these three are
+for GPUs)""",
         _bench,
     )
     parser.add_argument("what", choices=("train", "sample", "evaluate"))
