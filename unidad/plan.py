@@ -283,6 +283,10 @@ def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = No
         return
     advice = [
         ("gradient_checkpointing=true", not settings.gradient_checkpointing),
+        (
+            "source_teacher_dtype=bf16",
+            "source_teacher" in found.weights and settings.source_teacher_dtype == "fp32" and not settings.lora_rank,
+        ),
         ("lora_rank=64", bool(settings.prompt) and not settings.lora_rank),
         ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
         ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),
