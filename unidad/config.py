@@ -36,6 +36,7 @@ class LoopSettings:
     lr: float = 1e-4
     lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle in which a network learns)
     warmup: int = 100  # updates of each network over which its rate rises from 0
+    optimizer: str = "adamw"  # adamw | adamw8bit (both moments in 8 bits: about a quarter of their memory; extra `8bit`)
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -129,6 +130,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "anchor": ("pictures", "teacher"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
+    "optimizer": ("adamw", "adamw8bit"),
     "source_teacher_dtype": ("fp32", "bf16"),
     "lr_decay": ("constant", "cosine"),
     "non_finite": ("stop", "skip"),
@@ -254,6 +256,10 @@ def _check_together(settings: LoopSettings) -> None:
             raise SettingsError(f"'size' must be a multiple of {side} for {len(settings.widths)} widths, not {settings.size}.")
     if not isinstance(settings, TrainSettings):
         return
+    if settings.optimizer == "adamw8bit" and settings.channels_last:
+        raise SettingsError(
+            "'optimizer' adamw8bit puts weights back into plain layout. Set channels_last=false, or optimizer=adamw."
+        )
     steps = settings.timesteps
     if any(step < 0 for step in steps) or any(a <= b for a, b in pairwise(steps)):
         raise SettingsError(f"'timesteps' must fall and not be negative, such as 999,399, not {','.join(map(str, steps))}.")

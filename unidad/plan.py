@@ -32,6 +32,7 @@ from unidad.errors import SettingsError
 from unidad.ingredients import Ingredients, fitting_steps, student_steps
 from unidad.ingredients_text import TextIngredients, check_text_settings
 from unidad.methods.base import Method, Phase, only_training
+from unidad.optimizers import moment_bytes
 
 GB = 1e9
 
@@ -43,7 +44,7 @@ class Plan:
     Attributes:
         weights: of each network by name, of the "base" that adapters share, and "source as read" where the device is the CPU, which then holds it too.
         gradients: of the phase that has most; the others' are freed by then.
-        optimizer: AdamW's two moments of every trained network.
+        optimizer: two moments of every trained network.
         average: the averaged product (EMA).
         activations: what each phase keeps for its backward pass, one micro-batch.
     """
@@ -100,7 +101,7 @@ def plan(settings: TrainSettings) -> Plan:
     return Plan(
         weights=weights,
         gradients=max(sum(trained[name] for name in phase.trains) for phase in method.phases),
-        optimizer=2 * sum(trained.values()),
+        optimizer=sum(moment_bytes(method.networks[name].parameters(), settings) for name in method.trained()),
         average=weights[method.product] if settings.ema else 0,
         activations=activations,
     )
@@ -287,6 +288,7 @@ def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = No
             "source_teacher_dtype=bf16",
             "source_teacher" in found.weights and settings.source_teacher_dtype == "fp32" and not settings.lora_rank,
         ),
+        ("optimizer=adamw8bit", settings.optimizer == "adamw"),
         ("lora_rank=64", bool(settings.prompt) and not settings.lora_rank),
         ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
         ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),
