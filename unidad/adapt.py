@@ -29,6 +29,7 @@ from unidad.methods.finetune import Finetune
 from unidad.methods.objective import Objective
 from unidad.methods.two_stage import AdaptThenDistill
 from unidad.methods.unidad import UniDAD
+from unidad.offload import refuse_useless_offload
 from unidad.optimizers import refuse_missing_optimizer
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.train import Trainer
@@ -110,6 +111,7 @@ def train(
     device = pick_device(settings.device)
     refuse_wrong_gradients(settings, device)
     refuse_missing_optimizer(settings, device)
+    refuse_useless_offload(settings, device)
     accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
     device = accelerator.device if accelerator.num_processes > 1 else device
     say = console.print if console is not None else _silent

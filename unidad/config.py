@@ -37,6 +37,7 @@ class LoopSettings:
     lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle in which a network learns)
     warmup: int = 100  # updates of each network over which its rate rises from 0
     optimizer: str = "adamw"  # adamw | adamw8bit (both moments in 8 bits: about a quarter of their memory; extra `8bit`)
+    offload_optimizer: bool = False  # moments lie in the computer's memory and come to the GPU for each update of their network
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -248,6 +249,10 @@ def _check(key: str, value: Any) -> None:
 
 
 def _check_together(settings: LoopSettings) -> None:
+    if settings.offload_optimizer and settings.optimizer == "adamw8bit":
+        raise SettingsError(
+            "'offload_optimizer' moves the moments of plain AdamW only. Set optimizer=adamw, or offload_optimizer=false."
+        )
     if isinstance(settings, PretrainSettings):
         side = 2 ** (len(settings.widths) - 1)
         if len(settings.widths) < 2 or any(w < 8 or w % 8 for w in settings.widths):

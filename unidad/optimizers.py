@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unidad.config import LoopSettings
 from unidad.errors import SettingsError
+from unidad.offload import HostMoments
 
 # bitsandbytes' own: parameters with fewer numbers keep float32 moments; the others have a float32 scale for each block of a moment.
 LEAST, BLOCK = 4096, 256
@@ -32,7 +33,8 @@ def refuse_missing_optimizer(settings: LoopSettings, device: torch.device) -> No
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: LoopSettings, rate: float) -> torch.optim.Optimizer:
-    """Fused AdamW where the device has it, or AdamW with 8-bit moments in blocks of 256 (arXiv 2110.02861).
+    """Fused AdamW where the device has it, its moments offloaded where the settings say so; or AdamW with 8-bit moments in blocks of 256
+    (arXiv 2110.02861).
 
     Raises:
         SettingsError: as `refuse_missing_optimizer`.
@@ -49,7 +51,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: LoopSettings, r
 
         optimizer: torch.optim.Optimizer = AdamW8bit(held, **common, min_8bit_size=LEAST)
         return optimizer
-    return torch.optim.AdamW(held, **common, fused=held[0].device.type != "mps")
+    plain = torch.optim.AdamW(held, **common, fused=held[0].device.type != "mps")
+    if settings.offload_optimizer:
+        HostMoments(plain, held[0].device)
+    return plain
 
 
 def moment_bytes(parameters: Iterable[nn.Parameter], settings: LoopSettings) -> int:
