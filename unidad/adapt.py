@@ -29,6 +29,8 @@ from unidad.methods.finetune import Finetune
 from unidad.methods.objective import Objective
 from unidad.methods.two_stage import AdaptThenDistill
 from unidad.methods.unidad import UniDAD
+from unidad.offload import refuse_useless_offload
+from unidad.optimizers import refuse_missing_optimizer
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.train import Trainer
 
@@ -108,6 +110,8 @@ def train(
     parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
     device = pick_device(settings.device)
     refuse_wrong_gradients(settings, device)
+    refuse_missing_optimizer(settings, device)
+    refuse_useless_offload(settings, device)
     accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
     device = accelerator.device if accelerator.num_processes > 1 else device
     say = console.print if console is not None else _silent

@@ -36,6 +36,8 @@ class LoopSettings:
     lr: float = 1e-4
     lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle in which a network learns)
     warmup: int = 100  # updates of each network over which its rate rises from 0
+    optimizer: str = "adamw"  # adamw | adamw8bit (both moments in 8 bits: about a quarter of their memory; extra `8bit`)
+    offload_optimizer: bool = False  # moments lie in the computer's memory and come to the GPU for each update of their network
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -92,6 +94,7 @@ class TrainSettings(LoopSettings):
     joint_batch: bool = False  # the heads see real and fake pictures in one batch; same numbers, fewer and larger operations
     channels_last: bool = False  # weights and activations with channels innermost
     compile: bool = False  # torch.compile of plain predictions; not together with bf16 on a CPU
+    source_teacher_dtype: str = "fp32"  # fp32 | bf16 (its weights held and computed with in bfloat16: half its memory)
     gradient_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, about a third slower
     lr_fake: float = 0.0  # of the fake teacher; 0: lr
     lr_heads: float = 0.0  # of the heads; 0: lr_fake
@@ -128,6 +131,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "anchor": ("pictures", "teacher"),
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("auto", "fp32", "bf16"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "source_teacher_dtype": ("fp32", "bf16"),
     "lr_decay": ("constant", "cosine"),
     "non_finite": ("stop", "skip"),
     "tracker": ("auto", "none", "tensorboard", "wandb"),
@@ -244,6 +249,10 @@ def _check(key: str, value: Any) -> None:
 
 
 def _check_together(settings: LoopSettings) -> None:
+    if settings.offload_optimizer and settings.optimizer == "adamw8bit":
+        raise SettingsError(
+            "'offload_optimizer' moves the moments of plain AdamW only. Set optimizer=adamw, or offload_optimizer=false."
+        )
     if isinstance(settings, PretrainSettings):
         side = 2 ** (len(settings.widths) - 1)
         if len(settings.widths) < 2 or any(w < 8 or w % 8 for w in settings.widths):
@@ -252,6 +261,10 @@ def _check_together(settings: LoopSettings) -> None:
             raise SettingsError(f"'size' must be a multiple of {side} for {len(settings.widths)} widths, not {settings.size}.")
     if not isinstance(settings, TrainSettings):
         return
+    if settings.optimizer == "adamw8bit" and settings.channels_last:
+        raise SettingsError(
+            "'optimizer' adamw8bit puts weights back into plain layout. Set channels_last=false, or optimizer=adamw."
+        )
     steps = settings.timesteps
     if any(step < 0 for step in steps) or any(a <= b for a, b in pairwise(steps)):
         raise SettingsError(f"'timesteps' must fall and not be negative, such as 999,399, not {','.join(map(str, steps))}.")
@@ -266,6 +279,8 @@ def _check_together(settings: LoopSettings) -> None:
         raise SettingsError(
             "'augment_target' says how often pictures are augmented, and 'augment' is none. Set augment=flip,translate."
         )
+    if settings.source_teacher_dtype == "bf16":
+        _check_source_teacher(settings)
     if settings.method in ("finetune", "distill-then-adapt"):
         if settings.method != "finetune" and settings.student_init == "source":
             raise SettingsError(
@@ -275,6 +290,17 @@ def _check_together(settings: LoopSettings) -> None:
     if settings.method == "adapt-then-distill" and settings.target_warmup == 0:
         raise SettingsError("'method' adapt-then-distill needs a first stage. Set target_warmup to its cycles.")
     _check_uni_dad(settings)
+
+
+def _check_source_teacher(settings: TrainSettings) -> None:
+    if settings.lora_rank:
+        raise SettingsError(
+            "'source_teacher_dtype' is bf16, but with 'lora_rank' the source teacher is the base that every network shares. Leave it at fp32."
+        )
+    if settings.method != "uni-dad" or settings.a == 1 or settings.dmd_weight == 0:
+        why = "'a' is 1" if settings.a == 1 else "'dmd_weight' is 0"
+        why = why if settings.method == "uni-dad" else f"'method' is {settings.method}"
+        raise SettingsError(f"'source_teacher_dtype' is bf16, but {why}: this run has no source teacher. Leave it at fp32.")
 
 
 def _check_uni_dad(settings: TrainSettings) -> None:

@@ -34,13 +34,18 @@ class Networks(Protocol):
 
 
 def tuned(network: Networks, settings: TrainSettings) -> Networks:
-    """The same maker; its networks compute as `gradient_checkpointing`, `channels_last` and `compile` say."""
-    if not (settings.gradient_checkpointing or settings.channels_last or settings.compile):
+    """The same maker; its networks compute as `gradient_checkpointing`, `channels_last` and `compile` say, and the source teacher's weights
+    are held as `source_teacher_dtype` says.
+    """
+    half = settings.source_teacher_dtype == "bf16"
+    if not (settings.gradient_checkpointing or settings.channels_last or settings.compile or half):
         return network
 
     def made(role: str, model: Model | None = None) -> Backbone:
         backbone = network(role, model)
         assert isinstance(backbone, UNet2DBackbone)
+        if half and role == "source_teacher":
+            backbone.hold_in_bf16()
         if settings.gradient_checkpointing:
             backbone.recompute_activations()
         if settings.channels_last:

@@ -32,6 +32,7 @@ from unidad.errors import SettingsError
 from unidad.ingredients import Ingredients, fitting_steps
 from unidad.ingredients_text import TextIngredients, gather_nothing
 from unidad.methods.base import Method, Phase, only_training
+from unidad.optimizers import moment_bytes
 
 GB = 1e9
 
@@ -43,9 +44,12 @@ class Plan:
     Attributes:
         weights: of each network by name, of the "base" that adapters share, and "source as read" where the device is the CPU, which then holds it too.
         gradients: of the phase that has most; the others' are freed by then.
-        optimizer: AdamW's two moments of every trained network.
+        optimizer: two moments of every trained network; those that stay on the device.
         average: the averaged product (EMA).
         activations: what each phase keeps for its backward pass, one micro-batch.
+        stepping: with `offload_optimizer` the moments of the largest network, copied to the device for its update, when the
+            activations are gone.
+        offloaded: moments in the computer's memory, in no sum; on a CPU, which has but one memory, they are in `optimizer`.
     """
 
     weights: dict[str, int]
@@ -53,12 +57,14 @@ class Plan:
     optimizer: int
     average: int
     activations: dict[str, int]
+    stepping: int = 0
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
         """Bytes at the most: everything kept, and the gradients and activations of the phases that have most."""
         kept = sum(self.weights.values()) + self.optimizer + self.average
-        return kept + self.gradients + max(self.activations.values())
+        return kept + self.gradients + max(self.stepping, *self.activations.values())
 
 
 class _Alive(TorchDispatchMode):
@@ -95,14 +101,19 @@ def plan(settings: TrainSettings) -> Plan:
         activations = {phase.name: _activations(method, phase, settings) for phase in _all_phases(method)}
         weights = {name: size(network) for name, network in method.networks.items()} | _base_size(method)
     trained = {name: _trainable(method.networks[name]) for name in method.trained()}
-    if pick_device(settings.device).type == "cpu":
+    moments = [moment_bytes(method.networks[name].parameters(), settings) for name in method.trained()]
+    on_cpu = pick_device(settings.device).type == "cpu"
+    away = sum(moments) if settings.offload_optimizer and not on_cpu else 0
+    if on_cpu:
         weights["source as read"] = weights.get("base", weights[method.product])
     return Plan(
         weights=weights,
         gradients=max(sum(trained[name] for name in phase.trains) for phase in method.phases),
-        optimizer=2 * sum(trained.values()),
+        optimizer=sum(moments) - away,
         average=weights[method.product] if settings.ema else 0,
         activations=activations,
+        stepping=max(moments) if settings.offload_optimizer else 0,
+        offloaded=away,
     )
 
 
@@ -236,13 +247,15 @@ def memory_text(found: Plan, settings: TrainSettings) -> str:
     """The parts for people, and what the device has free."""
     device = pick_device(settings.device)
     free = room(device)
-    parts: Mapping[str, int] = {
+    parts = {
         **{f"weights, {name}": n for name, n in found.weights.items()},
         "gradients": found.gradients,
         "optimizer": found.optimizer,
         "average (EMA)": found.average,
         **{f"activations, {name}": n for name, n in found.activations.items()},
     }
+    if settings.offload_optimizer:
+        parts |= {"optimizer, while it steps": found.stepping, "optimizer, kept off the device": found.offloaded}
     lines = [f"memory on {device.type}, GB (expected)", *(f"  {name:<30}{n / GB:>9.3f}" for name, n in parts.items())]
     lines.append(f"  {'at the most':<30}{found.total / GB:>9.3f}" + (f"  of {free / GB:.1f} free" if free is not None else ""))
     return "\n".join(lines)
@@ -272,6 +285,15 @@ def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = No
         return
     advice = [
         ("gradient_checkpointing=true", not settings.gradient_checkpointing),
+        (
+            "source_teacher_dtype=bf16",
+            "source_teacher" in found.weights and settings.source_teacher_dtype == "fp32" and not settings.lora_rank,
+        ),
+        ("optimizer=adamw8bit", settings.optimizer == "adamw" and not settings.offload_optimizer),
+        (
+            "offload_optimizer=true",
+            pick_device(settings.device).type == "cuda" and settings.optimizer == "adamw" and not settings.offload_optimizer,
+        ),
         ("lora_rank=64", bool(settings.prompt) and not settings.lora_rank),
         ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
         ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),

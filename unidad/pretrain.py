@@ -22,6 +22,8 @@ from unidad.export import save_source
 from unidad.log import Log
 from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
+from unidad.offload import refuse_useless_offload
+from unidad.optimizers import refuse_missing_optimizer
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.sample import draw
 from unidad.train import Trainer
@@ -49,6 +51,8 @@ def pretrain(
     """
     device = pick_device(settings.device)
     refuse_wrong_gradients(settings, device)
+    refuse_missing_optimizer(settings, device)
+    refuse_useless_offload(settings, device)
     backbone, scheduler, digest = start(settings)
     pictures = load_folder(data, backbone.shape[-1])
     facts: dict[str, Any] = {

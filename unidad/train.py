@@ -24,7 +24,7 @@ from unidad.errors import CheckpointError, NonFiniteError
 from unidad.guards import DeferredGuard
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
-from unidad.optimizers import make_optimizer, optimizer_tensors, restore_optimizer
+from unidad.optimizers import make_optimizer, moment_bytes, optimizer_tensors, restore_optimizer
 from unidad.run import RunFolder
 from unidad.signals import STOPPING, Stopped, passing_on
 
@@ -79,8 +79,8 @@ class Trainer:
         }
         self.ema = AveragedModel(method.networks[method.product], multi_avg_fn=self._ramped_average) if settings.ema else None
         self.ranks = Ranks(accelerator)
-        # Several processes hear of each other's losses in every update anyway.
-        waits = accelerator.device.type == "cuda" and self.ranks.count == 1
+        # Several processes hear of each other's losses in every update anyway, and 8-bit AdamW knows no flag.
+        waits = accelerator.device.type == "cuda" and self.ranks.count == 1 and settings.optimizer == "adamw"
         self.guard = DeferredGuard(accelerator.device, [p.name for p in method.phases]) if waits else None
         self._asked: int | None = None  # by a signal to this process
         self._stop: int | None = None  # the same, once all processes know
@@ -343,7 +343,7 @@ class Trainer:
     def _refuse_full_disk(self) -> None:
         """Before hours of training: is there room for the checkpoints to keep and the one being written?"""
         trained = [self.method.networks[name] for name in self.method.trained()]
-        numbers = sum(_bytes(network) for network in trained) * 3  # AdamW keeps two more for each weight
+        numbers = sum(_bytes(network) + moment_bytes(network.parameters(), self.settings) for network in trained)
         one = numbers + (_bytes(self.ema) if self.ema is not None else 0)
         more = max(1, self.settings.keep + 1 - len(checkpoint.names(self.run.checkpoints)))
         checkpoint.refuse_full_disk(self.run.checkpoints, one * more, f"The run's checkpoints (keep={self.settings.keep})")

@@ -121,6 +121,14 @@ class LoraRole(UNet2DCondBackbone):
         """See `UNet2DBackbone.recompute_activations`; for all roles on this base."""
         self.unet.enable_gradient_checkpointing(_as_in_forward)
 
+    def hold_in_bf16(self) -> None:
+        """Always refused: the weights are the base's, which every role computes with.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a role's weights are the base's, which it shares with networks that are trained")
+
     def merged(self) -> UNet2DCondBackbone:
         """A plain network on the CPU whose weights have the adapter in them."""
         unet = copy.deepcopy(self.unet).cpu()

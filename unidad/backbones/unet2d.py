@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ class UNet2DBackbone(Backbone):
         prediction_type: "epsilon", "v_prediction" or "sample".
     """
 
+    _half = False
+
     def __init__(self, unet: UNet2DModel, schedule: NoiseSchedule, prediction_type: str):
         super().__init__()
         self.unet = unet
@@ -45,6 +47,26 @@ class UNet2DBackbone(Backbone):
         """Run plain predictions through torch.compile; passes that collect features stay eager, as their blocks are hooked."""
         self.unet.compile()
 
+    def hold_in_bf16(self) -> None:
+        """Keep the weights in bfloat16, in half the memory, and compute in it; x0-predictions are float32 as before. For frozen networks.
+
+        Raises:
+            ValueError: if some of it is being trained.
+        """
+        if any(p.requires_grad for p in self.parameters()):
+            raise ValueError("a network that is trained needs its weights in float32")
+        nn.Module.to(self.unet, torch.bfloat16)  # diffusers' own warns of layers to keep in float32, of which these have none
+        self._half = True
+
+    def _cast(self, given: Tensor) -> Tensor:
+        """A float32 input as the weights are held."""
+        return given.to(torch.bfloat16) if self._half else given
+
+    def _raw(self, run: Callable[..., Any], x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """What the network puts out, in the number format it computes in."""
+        raw: Tensor = run(self._cast(x_t), t, **self._condition(labels), return_dict=False)[0]
+        return raw
+
     def _condition(self, labels: Tensor | None) -> dict[str, Any]:
         return {"class_labels": labels}
 
@@ -54,13 +76,13 @@ class UNet2DBackbone(Backbone):
 
     def x0(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x0-prediction, float32; see `Backbone.x0`."""
-        return self._to_x0(self.unet(x_t, t, **self._condition(labels), return_dict=False)[0], x_t, t)
+        return self._to_x0(self._raw(self.unet, x_t, t, labels), x_t, t)
 
     def features(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, granularity: Granularity = "stage") -> list[Tensor]:
         """Encoder and mid-block features alone; see `Backbone.features`."""
         with self._collect(granularity, stop=True) as found:
             try:
-                self.unet.forward(x_t, t, **self._condition(labels), return_dict=False)
+                self._raw(self.unet.forward, x_t, t, labels)
             except _EncoderDone:
                 return found
         raise RuntimeError("the mid block was never reached")
@@ -70,7 +92,7 @@ class UNet2DBackbone(Backbone):
     ) -> tuple[Tensor, list[Tensor]]:
         """Prediction and features from one forward; see `Backbone.x0_and_features`."""
         with self._collect(granularity, stop=False) as found:
-            raw = self.unet.forward(x_t, t, **self._condition(labels), return_dict=False)[0]
+            raw = self._raw(self.unet.forward, x_t, t, labels)
         return self._to_x0(raw, x_t, t), found
 
     def feature_channels(self, granularity: Granularity = "stage") -> list[int]:

@@ -72,6 +72,6 @@ class UNet2DCondBackbone(UNet2DBackbone):
         """Rows of a table, [B, L, D], as the network's arguments."""
         width = pooled_width(self.unet.config)
         if width is None:
-            return {"encoder_hidden_states": rows}
+            return {"encoder_hidden_states": self._cast(rows)}
         added = {"text_embeds": rows[:, -1, :width], "time_ids": rows[:, -1, -TIME_IDS:]}
-        return {"encoder_hidden_states": rows[:, :-1], "added_cond_kwargs": added}
+        return {"encoder_hidden_states": self._cast(rows[:, :-1]), "added_cond_kwargs": added}
