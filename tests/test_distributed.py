@@ -61,8 +61,8 @@ def launched(tmp_path: Path, launcher: tuple[str, ...], arguments: list[str], fi
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def together(tmp_path: Path, count: int, arguments: list[str]) -> str:
-    process = launched(tmp_path, (*TORCHRUN, str(count)), arguments)
+def together(tmp_path: Path, count: int, arguments: list[str], first: str = "") -> str:
+    process = launched(tmp_path, (*TORCHRUN, str(count)), arguments, first)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out

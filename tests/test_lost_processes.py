@@ -87,12 +87,12 @@ def by_hand(arguments: list[str]) -> list[subprocess.Popen]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["in training", "within a save"])
+@pytest.mark.parametrize("moment", ["in training", "within a save", "networks shared out"])
 def test_one_that_does_not_write_is_killed(moment: str, source: Path, picture_folder: Path, tmp_path: Path) -> None:
     """The writer ends with a sentence and exit code 2, nothing is half-written, and one process goes on to the same weights."""
     out, whole = tmp_path / "run", tmp_path / "whole"
-    rate = ("--set", "lr=1e-4")
-    writer, other = by_hand(words(source, picture_folder, out, *rate, cycles=400))
+    rate, shard = ("--set", "lr=1e-4"), str(moment == "networks shared out").lower()
+    writer, other = by_hand(words(source, picture_folder, out, *rate, "--set", f"shard={shard}", cycles=400))
     wait_for(lambda: done(out) > 3, writer)
     if moment == "within a save":
         wait_for(lambda: saving(out), writer)

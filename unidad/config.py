@@ -92,6 +92,7 @@ class TrainSettings(LoopSettings):
     joint_batch: bool = False  # the heads see real and fake pictures in one batch; same numbers, fewer and larger operations
     channels_last: bool = False  # weights and activations with channels innermost
     compile: bool = False  # torch.compile of plain predictions; not together with bf16 on a CPU
+    shard: bool = False  # share weights, moments and averages out over the processes (FSDP): less memory in each, more traffic
     gradient_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, about a third slower
     lr_fake: float = 0.0  # of the fake teacher; 0: lr
     lr_heads: float = 0.0  # of the heads; 0: lr_fake
@@ -252,6 +253,7 @@ def _check_together(settings: LoopSettings) -> None:
             raise SettingsError(f"'size' must be a multiple of {side} for {len(settings.widths)} widths, not {settings.size}.")
     if not isinstance(settings, TrainSettings):
         return
+    _check_shard(settings)
     steps = settings.timesteps
     if any(step < 0 for step in steps) or any(a <= b for a, b in pairwise(steps)):
         raise SettingsError(f"'timesteps' must fall and not be negative, such as 999,399, not {','.join(map(str, steps))}.")
@@ -275,6 +277,13 @@ def _check_together(settings: LoopSettings) -> None:
     if settings.method == "adapt-then-distill" and settings.target_warmup == 0:
         raise SettingsError("'method' adapt-then-distill needs a first stage. Set target_warmup to its cycles.")
     _check_uni_dad(settings)
+
+
+def _check_shard(settings: TrainSettings) -> None:
+    others = {"lora_rank": settings.lora_rank, "compile": settings.compile, "channels_last": settings.channels_last}
+    clash = [name for name, on in {**others, "gan_loss=wgan-gp": settings.gan_loss == "wgan-gp"}.items() if on]
+    if settings.shard and clash:
+        raise SettingsError(f"'shard' does not go together with {clash[0]}. Leave one of them out.")
 
 
 def _check_uni_dad(settings: TrainSettings) -> None:

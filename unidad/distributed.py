@@ -128,7 +128,7 @@ class Ranks:
         """The rows of all processes, in order: the opposite of `rows`."""
         if self.count == 1:
             return x
-        with _naming_the_lost():
+        with naming_the_lost():
             return self._accelerator.gather(x.contiguous())
 
     def wait(self) -> None:
@@ -141,7 +141,7 @@ class Ranks:
             self.total([0.0])
 
     def _together(self, x: Tensor, how: str) -> Tensor:
-        with _naming_the_lost():
+        with naming_the_lost():
             device = self._accelerator.device
             return self._accelerator.reduce(x.to(device) if device.type != "mps" else x, reduction=how)
 
@@ -164,9 +164,16 @@ def first_to_speak() -> bool:
 
 
 @contextmanager
-def _naming_the_lost() -> Iterator[None]:
+def naming_the_lost(only: str = "") -> Iterator[None]:
+    """Inside, a connection that ends or times out raises LostProcessError.
+
+    Args:
+        only: where other errors can come up too: what the message must hold, in any case, if the error is none of torch.distributed's own.
+    """
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises when a connection ends or times out
+        if only not in str(error).lower() and not isinstance(error, torch.distributed.DistError):
+            raise
         reason = " ".join(str(error).split())[:160]
         raise LostProcessError(f"Another process of this run has ended ({reason}).") from error

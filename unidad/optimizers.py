@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad.config import LoopSettings
+from unidad.sharding import share_like
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: LoopSettings, rate: float) -> torch.optim.AdamW:
@@ -42,5 +43,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if slot["exp_avg"].shape != parameters[index].shape:
             raise ValueError(f"optimizer state {index} has shape {tuple(slot['exp_avg'].shape)}")
         for key, value in slot.items():  # fused AdamW goes through memory: moments must lie there as the weights do
-            slot[key] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value) if value.ndim else value
+            moments = torch.empty_like(parameters[index], dtype=value.dtype)
+            slot[key] = moments.copy_(share_like(value, moments)) if value.ndim else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
