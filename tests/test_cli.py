@@ -197,7 +197,7 @@ def test_doctor_and_help(capsys: pytest.CaptureFixture) -> None:
     [
         ("torch", "2.9.1+cpu", "torch 2.9.1+cpu is too old (its files could run code): pip install 'torch>=2.10'."),
         ("pillow", "10.4.0", "pillow 10.4.0 is too old"),
-        ("diffusers", "0.35.0.dev0", None),
+        ("diffusers", "0.36.0.dev0", None),
         ("accelerate", "1.15.0", None),
     ],
 )

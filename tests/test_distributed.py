@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,8 +61,8 @@ def launched(tmp_path: Path, launcher: tuple[str, ...], arguments: list[str], fi
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def together(tmp_path: Path, count: int, arguments: list[str]) -> str:
-    process = launched(tmp_path, (*TORCHRUN, str(count)), arguments)
+def together(tmp_path: Path, count: int, arguments: list[str], first: str = "") -> str:
+    process = launched(tmp_path, (*TORCHRUN, str(count)), arguments, first)
     out, err = process.communicate()
     assert process.returncode == 0, err
     return out
@@ -234,23 +233,6 @@ def test_rows_of_draws_are_draws_of_the_whole() -> None:
     for i, expected in enumerate(whole):
         parts = [one[i] for one in each]
         assert all(torch.equal(part, expected) for part in parts) if i < 2 else torch.equal(torch.cat(parts), expected)
-
-
-@pytest.mark.slow
-def test_one_process_killed(source: Path, picture_folder: Path, tmp_path: Path) -> None:
-    """RELIABILITY case 10: the other ends with a message, and one process alone goes on."""
-    out = tmp_path / "run"
-    process = launched(tmp_path, (*TORCHRUN, "2"), words(source, picture_folder, out, cycles=200))
-    wait_for(lambda: (out / "checkpoints" / "00000003").exists(), process)
-    started = time.monotonic()
-    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "unidad: Another process of this run has ended" in text, text
-    sys.stdout.write(f"the other process ended {time.monotonic() - started:.1f} s after the first was killed\n")
-    assert "unidad: Going on" not in text
-    cycle = int(checkpoint.names(out / "checkpoints")[-1][:8])
-    assert main(words(source, picture_folder, out, "--resume", "--set", "batch_size=4", cycles=cycle + 2)) == 0
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import tiny
 import torch
 from test_export import V
 
+from unidad import samples_folder
 from unidad.cli import main
 from unidad.errors import DataError
 from unidad.export import save_student
@@ -88,6 +89,42 @@ def test_killed_and_gone_on_with(student, tmp_path):
     assert main([*words("broken"), "--resume"]) == 0
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
     assert (tmp_path / "broken" / "000006.png").stat().st_mtime_ns == untouched
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_drawing_is_stopped(signum, code, student, tmp_path, capsys, monkeypatch):
+    """At once, after the pictures that are there; handlers are as before, and the advice leads to all of them."""
+    write, written, handler = samples_folder._write_whole, [], signal.getsignal(signum)
+
+    def asked(file: Path, picture: torch.Tensor) -> None:
+        if len(written) == 2:
+            signal.raise_signal(signum)
+        write(file, picture)
+        written.append(file.name)
+
+    words = ["sample", str(student), "-n", "5", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(samples_folder, "_write_whole", asked)
+    assert main(words) == code
+    said = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(signum).name} while drawing" in said
+    assert "--resume" in said
+    assert signal.getsignal(signum) is handler
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000000.png", "000001.png", "samples.json"]
+    monkeypatch.setattr(samples_folder, "_write_whole", write)
+    assert main([*words, "--resume"]) == 0
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 5
+
+
+def test_memory_that_runs_out_while_drawing_has_advice_of_its_own(student, tmp_path, capsys, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("unidad.commands.fill", refuse)
+    assert main(["sample", str(student), "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "a smaller --batch-size" in said
+    assert "--set" not in said, "a setting of training"
+    assert "checkpoint" not in said
 
 
 def test_only_the_same_pictures_are_gone_on_with(student, tmp_path, capsys):

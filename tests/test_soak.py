@@ -52,7 +52,8 @@ def final(out: Path) -> dict[str, bytes]:
 
 
 def start(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    heard = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731  # although these tests may run under nohup
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=heard)
 
 
 def wait_for(event: Callable[[], bool], process: subprocess.Popen) -> None:

@@ -181,6 +181,42 @@ def test_a_photo_without_its_caption_is_named(run: Path, photos: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("../secret.png", "Line 2"),
+        ("/etc/hostname", "Line 2"),
+        ("a/../01.png", "Line 2"),
+        ("..\\\\01.png", "Line 2"),
+        ("..", "Line 2"),
+        ("", "Line 2"),
+        ("gone.png", "no caption, though others have: 01.png"),
+    ],
+)
+def test_captions_of_a_stranger_stay_in_their_folder(run, photos, judges, tmp_path, name, sentence, capsys):
+    """RELIABILITY case 15, where pictures are learnt and where they are scored."""
+    (tmp_path / "secret.png").write_bytes((photos / "01.png").read_bytes())
+    (photos / "metadata.jsonl").write_text(
+        '{"file_name": "00.png", "text": "a prt cat"}\n' + f'{{"file_name": "{name}", "text": "a prt cat"}}\n'
+    )
+    assert train(run, photos, tmp_path / "out", "--prompt", "a prt cat", "--class-prompt", "a cat") == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert evaluate(photos, "--train", photos, *judges) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[" * 100_000, '{"file_name": "01.png"}', '{"file_name": ["01.png"], "text": "x"}'])
+def test_captions_of_a_stranger_that_are_no_captions(run, photos, tmp_path, line, capsys):
+    (photos / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "a prt cat"}\n' + line)
+    assert train(run, photos, tmp_path / "out", "--prompt", "a prt cat", "--class-prompt", "a cat") == 2
+    said = capsys.readouterr().err
+    assert "Line 2" in said
+    assert said.count("\n") == 1
+
+
 def test_a_rare_word_in_pieces_is_warned_of_before_training(run: Path, photos: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
     assert train(run, photos, tmp_path / "out", "--prompt", "a sks cat", "--class-prompt", "a cat") == 0

@@ -101,6 +101,7 @@ SETTINGS = (
     "tracker=none",
     "a=0.5",
     "denoising=v",
+    "precision=fp32",  # whatever the machine's CPU can do
 )
 
 

@@ -18,7 +18,7 @@ from unidad.backbones.base import Backbone
 from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
 from unidad.device import make_accelerator, pick_device, refuse_wrong_gradients, start_trackers, use_bf16
-from unidad.distributed import Ranks
+from unidad.distributed import Ranks, naming_the_lost
 from unidad.export import made
 from unidad.heads import build_heads
 from unidad.ingredients import Ingredients, gather, tuned
@@ -32,6 +32,7 @@ from unidad.methods.unidad import UniDAD
 from unidad.offload import refuse_useless_offload
 from unidad.optimizers import refuse_missing_optimizer
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
+from unidad.sharding import whole_copy
 from unidad.train import Trainer
 
 
@@ -129,7 +130,8 @@ def train(
         stream = parts.stream(settings, device)
         log = Log(run, accelerator, console)
         sampler, rates = _sampler(parts, settings), network_rates(settings)
-        trainer = Trainer(method, stream, settings, run, log, generator, accelerator, sampler, rates)
+        shard = settings.shard and ranks.count > 1
+        trainer = Trainer(method, stream, settings, run, log, generator, accelerator, sampler, rates, shard)
         found = checkpoint.latest(run.checkpoints) if resume else None
         if found:
             trainer.restore(found[1])
@@ -138,11 +140,13 @@ def train(
             log.rewind(0)
         del found
         try:
-            trainer.fit(until)
+            with naming_the_lost(only="gloo") if shard else nullcontext():
+                trainer.fit(until)
+                product = whole_copy(trainer.product, parts.networks(device)("student")) if shard else trainer.product
         finally:
-            accelerator.end_training()
+            accelerator.end_training()  # and the processes' connection
         if ranks.first:
-            finish(run, trainer.product, parts, settings, target)
+            finish(run, product, parts, settings, target)
     return run
 
 

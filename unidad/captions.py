@@ -51,9 +51,9 @@ def _from_metadata(folder: Path) -> dict[str, str]:
         try:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f'Line {number} of \'{path}\' must look like {{"file_name": "1.png", "text": "a cat"}}.') from None
-        if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name or "\\" in name or name in ("", ".."):
             raise DataError(
                 f"Line {number} of '{path}' names {name!r}; only pictures in this very folder can have a caption there."
             )

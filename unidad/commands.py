@@ -34,6 +34,7 @@ from unidad.run import RUN_FILE, RunFolder
 from unidad.sample import draw
 from unidad.samples_folder import GRID, fill, grid_of, new_folder, open_samples, refuse_full_folder, weights_digest
 from unidad.sheets import labelled_grid
+from unidad.signals import Stopped, passing_on
 
 DEFAULT_DDIM_STEPS = 50
 
@@ -169,6 +170,7 @@ def sample_to_folder(
 
     Raises:
         UserError: as `load_product`, `draw_from` and `open_samples` do.
+        Stopped: by SIGINT, SIGTERM or SIGHUP while pictures were drawn; those that are there are whole.
     """
     model = load_product(name)
     ranks = Ranks(Accelerator(cpu=pick_device(device).type == "cpu"))
@@ -188,9 +190,14 @@ def sample_to_folder(
     ranks.wait()
     folder = Path(out)
     draw_some = partial(_draw_some, model, steps, batch_size, device, label)
-    fill(folder, n, seed, batch_size, draw_some, ranks.rank, ranks.count)
-    ranks.wait()
-    return grid_of(folder, n, seed) if ranks.first else None
+    with passing_on(_stop_drawing):
+        fill(folder, n, seed, batch_size, draw_some, ranks.rank, ranks.count)
+        ranks.wait()
+        return grid_of(folder, n, seed) if ranks.first else None
+
+
+def _stop_drawing(signum: int) -> None:
+    raise Stopped(signum, "while drawing; the pictures that are there are whole")
 
 
 def _draw_some(model: Model, steps: int | None, batch_size: int, device: str, label: int | None, n: int, seed: int) -> Tensor:

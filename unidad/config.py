@@ -95,6 +95,7 @@ class TrainSettings(LoopSettings):
     channels_last: bool = False  # weights and activations with channels innermost
     compile: bool = False  # torch.compile of plain predictions; not together with bf16 on a CPU
     source_teacher_dtype: str = "fp32"  # fp32 | bf16 (its weights held and computed with in bfloat16: half its memory)
+    shard: bool = False  # share weights, moments and averages out over the processes (FSDP): less memory in each, more traffic
     gradient_checkpointing: bool = False  # keep less for the backward pass and compute it again: less memory, about a third slower
     lr_fake: float = 0.0  # of the fake teacher; 0: lr
     lr_heads: float = 0.0  # of the heads; 0: lr_fake
@@ -265,6 +266,7 @@ def _check_together(settings: LoopSettings) -> None:
         raise SettingsError(
             "'optimizer' adamw8bit puts weights back into plain layout. Set channels_last=false, or optimizer=adamw."
         )
+    _check_shard(settings)
     steps = settings.timesteps
     if any(step < 0 for step in steps) or any(a <= b for a, b in pairwise(steps)):
         raise SettingsError(f"'timesteps' must fall and not be negative, such as 999,399, not {','.join(map(str, steps))}.")
@@ -301,6 +303,15 @@ def _check_source_teacher(settings: TrainSettings) -> None:
         why = "'a' is 1" if settings.a == 1 else "'dmd_weight' is 0"
         why = why if settings.method == "uni-dad" else f"'method' is {settings.method}"
         raise SettingsError(f"'source_teacher_dtype' is bf16, but {why}: this run has no source teacher. Leave it at fp32.")
+
+
+def _check_shard(settings: TrainSettings) -> None:
+    names = ("lora_rank", "compile", "channels_last", "offload_optimizer")
+    choices = ("gan_loss=wgan-gp", "optimizer=adamw8bit", "source_teacher_dtype=bf16")
+    clash = [name for name in names if getattr(settings, name)]
+    clash += [choice for choice in choices if getattr(settings, choice.split("=")[0]) == choice.split("=")[1]]
+    if settings.shard and clash:
+        raise SettingsError(f"'shard' does not go together with {clash[0]}. Leave one of them out.")
 
 
 def _check_uni_dad(settings: TrainSettings) -> None:

@@ -8,9 +8,11 @@ sum, serves every network and the heads alike, and waits in one place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -126,7 +128,7 @@ class Ranks:
         """The rows of all processes, in order: the opposite of `rows`."""
         if self.count == 1:
             return x
-        with _naming_the_lost():
+        with naming_the_lost():
             return self._accelerator.gather(x.contiguous())
 
     def wait(self) -> None:
@@ -139,17 +141,39 @@ class Ranks:
             self.total([0.0])
 
     def _together(self, x: Tensor, how: str) -> Tensor:
-        with _naming_the_lost():
+        with naming_the_lost():
             device = self._accelerator.device
             return self._accelerator.reduce(x.to(device) if device.type != "mps" else x, reduction=how)
 
 
+def first_to_speak() -> bool:
+    """Whether no other process of this run has told the user yet why it ends; asked of the store where the processes met.
+
+    `torchrun` and `accelerate launch` keep that store. Without them the first process keeps it: before it does, and once it has ended,
+    each process speaks for itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not torch.distributed.is_initialized():
+        return True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"unidad/told/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
 @contextmanager
-def _naming_the_lost() -> Iterator[None]:
+def naming_the_lost(only: str = "") -> Iterator[None]:
+    """Inside, a connection that ends or times out raises LostProcessError.
+
+    Args:
+        only: where other errors can come up too: what the message must hold, in any case, if the error is none of torch.distributed's own.
+    """
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises when a connection ends or times out
+        if only not in str(error).lower() and not isinstance(error, torch.distributed.DistError):
+            raise
         reason = " ".join(str(error).split())[:160]
-        raise LostProcessError(
-            f"Another process of this run has ended ({reason}). The last checkpoint is whole: start all of them again with --resume."
-        ) from error
+        raise LostProcessError(f"Another process of this run has ended ({reason}).") from error

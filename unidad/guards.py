@@ -44,3 +44,8 @@ class DeferredGuard:
         for count in self._counts.values():
             count.zero_()
         return found, int(longest)
+
+
+def not_finite(losses: Mapping[str, Tensor]) -> str | None:
+    """The name of the first loss that is nan or infinite, or None; reads the numbers back."""
+    return next((name for name, value in losses.items() if not torch.isfinite(value)), None)

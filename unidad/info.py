@@ -24,7 +24,7 @@ from unidad.run import RUN_FILE, RunFolder, package_version
 # As in pyproject.toml, with what an older one lacks.
 LEAST: dict[str, tuple[tuple[int, ...], str]] = {
     "torch": ((2, 10), "its files could run code"),
-    "diffusers": ((0, 35), "exported students were never tried with it"),
+    "diffusers": ((0, 36), "beside transformers 5 it cannot be imported"),
     "accelerate": ((1, 0), "devices and trackers were never tried with it"),
     "safetensors": ((0, 5), "it was never tried"),
     "pillow": ((11,), "its picture decoders have known holes"),

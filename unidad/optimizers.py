@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unidad.config import LoopSettings
 from unidad.errors import SettingsError
 from unidad.offload import HostMoments
+from unidad.sharding import share_like
 
 # bitsandbytes' own: parameters with fewer numbers keep float32 moments; the others have a float32 scale for each block of a moment.
 LEAST, BLOCK = 4096, 256
@@ -95,5 +96,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             slot["step"] = int(slot["step"])
             continue
         for key, value in slot.items():  # fused AdamW goes through memory: moments must lie there as the weights do
-            slot[key] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value) if value.ndim else value
+            moments = torch.empty_like(parameters[index], dtype=value.dtype)
+            slot[key] = moments.copy_(share_like(value, moments)) if value.ndim else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

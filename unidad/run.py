@@ -22,7 +22,7 @@ RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 # Settings that may change between a run and its continuation without making it another run.
 FREE_ON_RESUME = frozenset(
-    {"device", "cycles", "max_minutes", "log_every", "sample_every", "save_every", "keep", "tracker", "non_finite"}
+    {"device", "cycles", "max_minutes", "log_every", "sample_every", "save_every", "keep", "tracker", "non_finite", "shard"}
 )
 OWN_FILES = frozenset({LOCK_FILE, f".{RUN_FILE}.part"})
 

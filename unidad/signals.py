@@ -15,11 +15,11 @@ STOPPING: tuple[signal.Signals, ...] = tuple(
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal; it is saved.
+    """A command was asked to stop by a signal; what it made so far is saved.
 
     Attributes:
         code: the exit code a shell expects.
-        place: where the run stands, in words.
+        place: where it stands, in words.
     """
 
     def __init__(self, signum: int, place: str):

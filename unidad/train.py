@@ -21,11 +21,12 @@ from unidad.data import PictureStream
 from unidad.device import use_bf16
 from unidad.distributed import Ranks
 from unidad.errors import CheckpointError, NonFiniteError
-from unidad.guards import DeferredGuard
+from unidad.guards import DeferredGuard, not_finite
 from unidad.log import Log
 from unidad.methods.base import Method, Phase, only_training
 from unidad.optimizers import make_optimizer, moment_bytes, optimizer_tensors, restore_optimizer
 from unidad.run import RunFolder
+from unidad.sharding import in_full, is_shared_out, load_whole, share_out, whole_state
 from unidad.signals import STOPPING, Stopped, passing_on
 
 Sampler = Callable[[nn.Module], Tensor]
@@ -56,6 +57,7 @@ class Trainer:
         generator: the method's source of randomness; saved and restored with the run.
         sampler: averaged product -> pictures [N, 3, H, W] uint8 for the sample grids, or None.
         rates: learning rate of each trained network where it differs from `settings.lr`.
+        shard: share the networks out over the processes (`unidad.sharding`).
     """
 
     def __init__(
@@ -69,16 +71,17 @@ class Trainer:
         accelerator: Accelerator,
         sampler: Sampler | None = None,
         rates: dict[str, float] | None = None,
+        shard: bool = False,
     ):
         self.method, self.stream, self.settings, self.run = method, stream, settings, run
         self.log, self.generator, self.sampler, self.accelerator = log, generator, sampler, accelerator
         self.place = Place(updates=dict.fromkeys(method.trained(), 0))
         self.rates = {name: (rates or {}).get(name) or settings.lr for name in method.trained()}
-        self.optimizers = {
-            name: make_optimizer(method.networks[name].parameters(), settings, self.rates[name]) for name in method.trained()
-        }
         self.ema = AveragedModel(method.networks[method.product], multi_avg_fn=self._ramped_average) if settings.ema else None
-        self.ranks = Ranks(accelerator)
+        self.ranks, self.shard = Ranks(accelerator), shard
+        if shard:  # before the optimizers, whose moments lie as the weights do
+            share_out([*method.networks.values(), *([self.ema.module] if self.ema is not None else [])], accelerator.device)
+        self.optimizers = {n: make_optimizer(method.networks[n].parameters(), settings, rate) for n, rate in self.rates.items()}
         # Several processes hear of each other's losses in every update anyway, and 8-bit AdamW knows no flag.
         waits = accelerator.device.type == "cuda" and self.ranks.count == 1 and settings.optimizer == "adamw"
         self.guard = DeferredGuard(accelerator.device, [p.name for p in method.phases]) if waits else None
@@ -87,9 +90,8 @@ class Trainer:
         self._skips_in_a_row = 0
         self._saved: str | None = None
         self._saving: dict[str, float] = {}
-        self._autocast = torch.autocast(
-            stream.pixels.device.type, torch.bfloat16, enabled=use_bf16(settings.precision, stream.pixels.device)
-        )
+        device = stream.pixels.device
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(settings.precision, device))
 
     @property
     def product(self) -> nn.Module:
@@ -179,7 +181,8 @@ class Trainer:
         try:
             with only_training(self.method.networks, phase.trains), self._no_leftovers(phase):
                 self._agree(phase, self._accumulate(phase))
-                self.ranks.average_gradients(self.method.networks[name] for name in phase.trains)
+                trained = [self.method.networks[name] for name in phase.trains]
+                self.ranks.average_gradients(network for network in trained if not is_shared_out(network))
                 self._step(phase)
         except NonFiniteError:
             self.place.skipped += 1
@@ -199,9 +202,14 @@ class Trainer:
             with self._autocast, self.ranks.draws(self.generator):
                 losses = phase.loss(pictures, labels) if masks is None else phase.loss(pictures, labels, masks)
             shown = losses if self.guard is None else self.guard.see(losses)
-            for name, value in losses.items() if self.guard is None else ():
-                if not torch.isfinite(value):
-                    return self._non_finite(f"the loss '{name}' of phase '{phase.name}' became {value.item()}")
+            bad = not_finite(losses) if self.guard is None else None
+            error = (
+                None if bad is None else self._non_finite(f"the loss '{bad}' of phase '{phase.name}' became {losses[bad].item()}")
+            )
+            if self.shard:  # they go backward together, or not at all
+                self._agree(phase, error)
+            elif error is not None:
+                return error
             (losses["total"] / n).backward()
             self.log.add(phase.name, shown)
         return None
@@ -226,7 +234,7 @@ class Trainer:
         norms = {}
         for name in phase.trains:
             parameters = self.method.networks[name].parameters()
-            norms[name] = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+            norms[name] = in_full(torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip))
             if self.guard is None and not torch.isfinite(norms[name]):
                 raise self._non_finite(f"the gradient of '{name}' in phase '{phase.name}' became {norms[name].item()}")
         shown = norms if self.guard is None else self.guard.see(norms)
@@ -296,21 +304,23 @@ class Trainer:
         self._saving = {}
 
     def _sample(self) -> None:
-        if self.sampler is not None and self.ranks.first:
+        if self.sampler is not None and (self.ranks.first or self.shard):
             was_training = self.product.training
-            self.log.picture(self.place.cycle, self.sampler(self.product.eval()))
+            pixels = self.sampler(self.product.eval())
             self.product.train(was_training)
+            if self.ranks.first:
+                self.log.picture(self.place.cycle, pixels)
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def snapshot(self) -> checkpoint.Snapshot:
-        """Everything that decides how the run goes on."""
+        """Everything that decides how the run goes on; of networks that are shared out only in the process that writes."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for name in self.method.trained():
-            tensors[f"network.{name}"] = dict(self.method.networks[name].state_dict())
-            tensors[f"optimizer.{name}"] = optimizer_tensors(self.optimizers[name])
+            tensors[f"network.{name}"] = whole_state(self.method.networks[name].state_dict(), self.ranks.first)
+            tensors[f"optimizer.{name}"] = whole_state(optimizer_tensors(self.optimizers[name]), self.ranks.first)
         if self.ema is not None:
-            tensors["ema"] = dict(self.ema.state_dict())
+            tensors["ema"] = whole_state(self.ema.state_dict(), self.ranks.first)
         tensors["random"] = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
         rows = self.method.carried_rows()
         carried = [self.ranks.whole(t) if i < rows else t for i, t in enumerate(self.method.carried())]
@@ -336,9 +346,10 @@ class Trainer:
         return self.run.checkpoints / name
 
     def _refuse_non_finite(self, snapshot: checkpoint.Snapshot) -> None:
-        for group, tensors in snapshot.tensors.items():
-            if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
-                raise self._non_finite(f"a number in '{group}' became infinite or nan")
+        finite = {g: all(bool(torch.isfinite(t).all()) for t in ts.values()) for g, ts in snapshot.tensors.items()}
+        bad = next((group for group, fine in finite.items() if not fine), None)
+        if any(self.ranks.total([bad is not None])):
+            raise self._non_finite(f"a number in '{bad or 'the checkpoint'}' became infinite or nan")
 
     def _refuse_full_disk(self) -> None:
         """Before hours of training: is there room for the checkpoints to keep and the one being written?"""
@@ -356,10 +367,10 @@ class Trainer:
         """
         try:
             for name in self.method.trained():
-                self.method.networks[name].load_state_dict(snapshot.tensors[f"network.{name}"], strict=True)
+                load_whole(self.method.networks[name], snapshot.tensors[f"network.{name}"])
                 restore_optimizer(self.optimizers[name], snapshot.tensors[f"optimizer.{name}"])
             if self.ema is not None:
-                self.ema.load_state_dict(snapshot.tensors["ema"], strict=True)
+                load_whole(self.ema, snapshot.tensors["ema"])
             self.generator.set_state(snapshot.tensors["random"]["generator"])
             torch.set_rng_state(snapshot.tensors["random"]["torch"])  # dropout, where a network has it, draws from this one
             device = self.stream.pixels.device

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from unidad import __version__
 from unidad.cli import converting, measuring, training, using
-from unidad.cli.common import Parser
-from unidad.errors import NonFiniteError, UserError
+from unidad.cli.common import Parser, tell
+from unidad.errors import LostProcessError, NonFiniteError, UserError
 from unidad.run import refuse_holder
 
 EPILOG = """the usual way:
@@ -23,6 +23,18 @@ EPILOG = """the usual way:
   unidad export runs/mine --out my_generator                 a folder for stock diffusers
   unidad info runs/mine                                      what is this?
 `unidad COMMAND --help` has examples for each."""
+# What to do next, by the kind of command.
+LOST = {
+    "trains": "Start all of them again with the same command and --resume: the run goes on from its last whole checkpoint.",
+    "draws": "The pictures drawn so far are whole: start all of them again with the same command and --resume for the rest.",
+    "other": "Start all of them again.",
+}
+MEMORY = {
+    "trains": "What lowers it: --set batch_size=1 (with accumulation= to make up for it), --set rollout_grad=last, a smaller --steps, "
+    "--set precision=bf16. Other settings are another run, in another --out; with more memory free this one goes on with --resume.",
+    "draws": "What lowers it: a smaller --batch-size, into another --out.",
+    "other": "Close other programs, or ask for less at once.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,29 +52,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args, console)
         sys.stdout.flush()
         return code
+    except LostProcessError as error:
+        tell(f"{error} {LOST[args.kind]}")
+        return 2
     except UserError as error:
-        print(f"unidad: {error}", file=sys.stderr)
+        tell(str(error))
         return 2
     except BrokenPipeError:  # whoever read our output has read enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
     except OSError as error:
         where = f" '{error.filename}'" if error.filename else ""
-        print(
-            f"unidad: reading or writing{where} failed: {error.strerror or error}. Free some space or give another folder.",
-            file=sys.stderr,
-        )
+        tell(f"reading or writing{where} failed: {error.strerror or error}. Free some space or give another folder.")
         return 1
     except NonFiniteError as error:
-        print(_non_finite_advice(error), file=sys.stderr)
+        tell(
+            f"{error}. The update was not applied. Go on from the last checkpoint with --resume --set non_finite=skip, which leaves such "
+            "updates out; or start anew with a lower rate, for example --set lr=1e-5, or with precision=fp32."
+        )
         return 1
     except KeyboardInterrupt:
-        print("unidad: stopped.", file=sys.stderr)
+        tell("stopped.")
         return 130
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        print(_memory_advice(error), file=sys.stderr)
+        first_line = " ".join(str(error).split())[:200] or "the system refused more memory"
+        tell(f"out of memory ({first_line}). {MEMORY[args.kind]}")
         return 1
 
 
@@ -79,21 +95,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
-def _memory_advice(error: BaseException) -> str:
-    first = " ".join(str(error).split())[:200] or "the system refused more memory"
-    return (
-        f"unidad: out of memory ({first}). What lowers it: --set batch_size=1 (with accumulation= to make up for it), "
-        "--set rollout_grad=last, a smaller --steps, --set precision=bf16. The last checkpoint is whole: go on with --resume."
-    )
-
-
-def _non_finite_advice(error: NonFiniteError) -> str:
-    return (
-        f"unidad: {error}. The update was not applied. Go on from the last checkpoint with --resume --set non_finite=skip, which "
-        "leaves such updates out; or start anew with a lower rate, for example --set lr=1e-5, or with precision=fp32."
-    )
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = Parser(
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(kind="other")
     parser.add_argument("--version", action="version", version=f"unidad {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     training.add_train(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,11 +12,21 @@ Commands = argparse._SubParsersAction  # argparse has no public name for it
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
+def tell(text: str) -> None:
+    """One sentence on stderr about how a command ended; of several processes only the first that has something to say says it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from unidad.distributed import first_to_speak
+
+        if not first_to_speak():
+            return
+    print(f"unidad: {text}", file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """Bad arguments end in one sentence that names the help to read, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"unidad: {message}. See `{self.prog} --help`.", file=sys.stderr)
+        tell(f"{message}. See `{self.prog} --help`.")
         raise SystemExit(2)
 
 
@@ -30,6 +41,7 @@ def command(commands: Commands, name: str, about: str, examples: str, run: objec
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """--config, --set, --resume, --device, --seed."""
+    parser.set_defaults(kind="trains")
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")

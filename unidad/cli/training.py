@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from unidad.cli.common import Commands, add_settings, command, flags
+from unidad.cli.common import Commands, add_settings, command, flags, tell
 from unidad.errors import SettingsError, did_you_mean
 
 if TYPE_CHECKING:
@@ -177,9 +176,7 @@ def _stoppable(job: Callable[[], Path], out: str) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(done)
     except Stopped as stop:
-        print(
-            f"unidad: stopped by {stop} {stop.place}; saved in '{out}'. Go on with the same command and --resume.", file=sys.stderr
-        )
+        tell(f"stopped by {stop} {stop.place}; saved in '{out}'. Go on with the same command and --resume.")
         return stop.code
     return 0
 
@@ -191,7 +188,7 @@ def _reproduce(args: argparse.Namespace, console: Console) -> int:
     try:
         verdict = reproduce(args.name, args.out, args.target, console)
     except Stopped as stop:
-        print(f"unidad: stopped by {stop} {stop.place}; a repetition starts anew, in another folder.", file=sys.stderr)
+        tell(f"stopped by {stop} {stop.place}; a repetition starts anew, in another folder.")
         return stop.code
     print(verdict.text)
     return 0 if verdict.same else 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from unidad.cli.common import DEVICES, Commands, add_class_label, command
+from unidad.cli.common import DEVICES, Commands, add_class_label, command, tell
 from unidad.errors import SettingsError
 
 
@@ -23,6 +23,7 @@ def add_sample(commands: Commands) -> None:
   unidad sample runs/mine -n 5000 --out many --resume""",
         _sample,
     )
+    parser.set_defaults(kind="draws")
     parser.add_argument("model", metavar="RUN_OR_MODEL")
     parser.add_argument("-n", type=int, default=16, help="how many (16)")
     parser.add_argument(
@@ -152,9 +153,14 @@ def add_doctor(commands: Commands) -> None:
 
 def _sample(args: argparse.Namespace, _console: Console) -> int:
     from unidad.commands import sample_to_folder
+    from unidad.signals import Stopped
 
     numbers = (args.steps, args.seed, args.batch_size, args.device, args.class_label)
-    grid = sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt, args.resume)
+    try:
+        grid = sample_to_folder(args.model, args.n, args.out, *numbers, args.prompt, args.resume)
+    except Stopped as stop:
+        tell(f"stopped by {stop} {stop.place}. Go on with the same command and --resume.")
+        return stop.code
     if grid is not None:  # in the first of several processes
         print(grid)
     return 0

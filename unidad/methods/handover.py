@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from unidad.sharding import share_like
+
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether two networks of one architecture agree in every bit."""
@@ -29,4 +31,4 @@ def add_change(to: nn.Module, before: Mapping[str, Tensor], after: nn.Module, sh
     learnt = after.state_dict()
     for key, value in to.state_dict().items():
         if value.is_floating_point():
-            value += share * (learnt[key] - before[key].to(value.device))
+            value += share * (learnt[key] - share_like(before[key].to(value.device), value))
