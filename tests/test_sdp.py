@@ -301,7 +301,7 @@ def test_captions_from_metadata_and_bad_ones(picture_folder: Path, tmp_path: Pat
     lines = [{"file_name": "01.png", "text": "one"}, {"file_name": "00.png", "text": " two  words "}]
     (place / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     assert read_captions(place, names) == ["two words", "one"]
-    with pytest.raises(DataError, match=r"no caption, though others have: 02\.png"):
+    with pytest.raises(DataError, match=r"no caption or an empty one: 02\.png"):
         read_captions(place, [*names, "02.png"])
     for row, words in (
         ('{"file_name": "../00.png", "text": "x"}', "in this very folder"),

@@ -22,7 +22,7 @@ def read_captions(folder: Path, names: list[str]) -> list[str] | None:
     missing = [name for name in names if not found.get(name)]
     if missing:
         raise DataError(
-            f"In '{folder}' these have no caption, though others have: {', '.join(missing[:5])}. Give all of them one, or none."
+            f"In '{folder}' these have no caption or an empty one: {', '.join(missing[:5])}. Give all of them one, or none."
         )
     return [found[name] for name in names]
 

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from unidad import checkpoint
 from unidad.backbones.load import Model, bundled_path, find_folder, student_steps
-from unidad.backbones.load_text import TextModel, decode_latents, encode_prompts, load_vae, open_model, pipeline_name
+from unidad.backbones.load_text import (
+    TextModel,
+    decode_latents,
+    encode_prompts,
+    is_text_to_image,
+    load_vae,
+    open_model,
+    pipeline_name,
+)
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
@@ -311,11 +319,22 @@ def export_single_file(name: str, out: Path, half: bool = False) -> Path:
     """Write a text-to-image run's product as one `.safetensors` file in the original layout; returns `out`.
 
     Raises:
-        UserError: as `export_run` and `to_single_file` do.
+        UserError: it is no text-to-image model; or as `export_run` and `to_single_file` do.
     """
     if (find_folder(name) / "model_index.json").exists():  # finished
+        _refuse_pixels(name, find_folder(name))
         to_single_file(name, out, half)
         return out
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unidad-", dir=out.absolute().parent) as place:
-        to_single_file(export_run(name, Path(place) / "student"), out, half)
+        student = export_run(name, Path(place) / "student")
+        _refuse_pixels(name, student)
+        to_single_file(student, out, half)
     return out
+
+
+def _refuse_pixels(name: str, folder: Path) -> None:
+    if not is_text_to_image(folder):
+        raise SettingsError(
+            f"'{name}' draws pixels; only Stable Diffusion 1.x and 2.x have a layout in one file. Leave out --single-file."
+        )

@@ -192,16 +192,16 @@ def _tell(settings: TrainSettings, folder: Path, captions: list[str]) -> tuple[d
 
 def check_text_settings(settings: TrainSettings) -> None:
     """Raise SettingsError where settings do not fit a text-to-image source."""
-    if not settings.prompt:
+    if settings.method != "uni-dad":
+        raise SettingsError(f"'method' {settings.method} is not there yet for text-to-image sources; use uni-dad.")
+    if not settings.prompt.strip():
         raise SettingsError(
             f"'{settings.source}' is a text-to-image model: say what the pictures show, for example --prompt 'a prt cat' --class-prompt 'a cat'."
         )
-    if settings.a < 1 and settings.dmd_weight > 0 and not settings.class_prompt:
+    if settings.a < 1 and settings.dmd_weight > 0 and not settings.class_prompt.strip():
         raise SettingsError(
             "The source teacher needs the prompt without the rare word, for example --class-prompt 'a cat'; or set a=1 to do without it."
         )
-    if settings.method != "uni-dad":
-        raise SettingsError(f"'method' {settings.method} is not there yet for text-to-image sources; use uni-dad.")
     if settings.lora_rank and (settings.student_init != "source" or settings.target_teacher not in ("online", "off")):
         raise SettingsError(
             "'lora_rank' puts every network on the source as base: leave student_init=source and target_teacher=online, or set it to 0."

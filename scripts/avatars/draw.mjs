@@ -5,13 +5,15 @@
 //   node draw.mjs --domain source --count 30000 --prefix train --out ../../data/source
 //   node draw.mjs --domain toonHead --count 2000 --prefix heldout --out ../../data/heldout/toonHead
 //   node draw.mjs --domain toonHead --count 10 --prefix target --out ../../unidad/assets/targets/toonHead
+//   node draw.mjs --domain source --count 8000 --captions --out ../../data/told    # what each shows, in metadata.jsonl
 import { createAvatar } from '@dicebear/core';
 import * as collection from '@dicebear/collection';
 import { Resvg } from '@resvg/resvg-js';
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, renameSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
+import { caption } from './captions.mjs';
 
 const DOMAINS = {
   source: ['avataaars', {}],
@@ -29,6 +31,7 @@ const { values: options } = parseArgs({
     start: { type: 'string', default: '0' },
     prefix: { type: 'string', default: 'train' },
     size: { type: 'string', default: '128' },
+    captions: { type: 'boolean', default: false },
     out: { type: 'string' },
   },
 });
@@ -43,16 +46,33 @@ if (!options.out) refuse('--out FOLDER is needed');
 const [count, start, size] = [options.count, options.start, options.size].map(Number);
 if (![count, start, size].every(Number.isInteger) || count < 1 || start < 0 || size < 8) refuse('--count, --start and --size must be whole numbers');
 
+function write(file, content) {
+  writeFileSync(`${file}.part`, content);
+  renameSync(`${file}.part`, file);
+}
+
+// Lines of a metadata.jsonl that is there already, by the picture they tell of.
+function told(file) {
+  const lines = existsSync(file) ? readFileSync(file, 'utf8').split('\n').filter((line) => line.trim()) : [];
+  return new Map(lines.map((line) => [JSON.parse(line).file_name, line]));
+}
+
 const [styleName, styleOptions] = DOMAINS[options.domain];
 mkdirSync(options.out, { recursive: true });
+const metadata = join(options.out, 'metadata.jsonl');
+const captions = told(metadata);
 for (let i = start; i < start + count; i++) {
   const name = `${options.prefix}-${String(i).padStart(6, '0')}`;
   const file = join(options.out, `${name}.png`);
-  if (existsSync(file)) continue;
+  if (existsSync(file) && !options.captions) continue;
   // DiceBear's generator gives neighbouring seeds alike pictures, so the name is hashed first.
   const seed = createHash('sha256').update(name).digest('hex');
-  const svg = createAvatar(collection[styleName], { seed, size, backgroundColor: BACKGROUNDS, ...styleOptions }).toString();
-  const png = new Resvg(svg, { fitTo: { mode: 'width', value: size }, background: 'white' }).render().asPng();
-  writeFileSync(`${file}.part`, png);
-  renameSync(`${file}.part`, file);
+  const avatar = createAvatar(collection[styleName], { seed, size, backgroundColor: BACKGROUNDS, ...styleOptions });
+  if (options.captions) {
+    const text = caption(styleName, avatar.toJson().extra);
+    captions.set(`${name}.png`, JSON.stringify({ file_name: `${name}.png`, text }));
+  }
+  if (existsSync(file)) continue;
+  write(file, new Resvg(avatar.toString(), { fitTo: { mode: 'width', value: size }, background: 'white' }).render().asPng());
 }
+if (options.captions) write(metadata, `${[...captions.values()].join('\n')}\n`);
