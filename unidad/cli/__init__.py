@@ -83,7 +83,7 @@ def _memory_advice(error: BaseException) -> str:
     first = " ".join(str(error).split())[:200] or "the system refused more memory"
     return (
         f"unidad: out of memory ({first}). What lowers it: --set batch_size=1 (with accumulation= to make up for it), "
-        "--set rollout_grad=last, a smaller --steps, --set precision=bf16. The last checkpoint is whole: go on with --resume."
+        "--set rollout_grad=last, a smaller --steps, --set precision=bf16, --set gradient_checkpointing=true; `--plan` tells how much. The last checkpoint is whole: go on with --resume."
     )
 
 
