@@ -31,7 +31,8 @@ LOST = {
 }
 MEMORY = {
     "trains": "What lowers it: --set batch_size=1 (with accumulation= to make up for it), --set rollout_grad=last, a smaller --steps, "
-    "--set precision=bf16, --set gradient_checkpointing=true; `--plan` tells how much. Other settings are another run, in another --out; with more memory free this one goes on with --resume.",
+    "--set precision=bf16, --set gradient_checkpointing=true; `--plan` tells how much. Other settings are another run, in another --out; "
+    "with more memory free this one goes on with --resume.",
     "draws": "What lowers it: a smaller --batch-size, into another --out.",
     "other": "Close other programs, or ask for less at once.",
 }
