@@ -50,6 +50,6 @@ def test_from_scratch_the_rate_matters(picture_folder: Path, tmp_path: Path) -> 
 
 def test_a_class_conditional_start_is_refused(picture_folder: Path, tmp_path: Path) -> None:
     save_source(tiny.backbone(1, num_class_embeds=3), V, tmp_path / "classes", {})
-    with pytest.raises(ModelError, match="class-conditional; `unidad pretrain` trains unconditional models only"):
+    with pytest.raises(ModelError, match="class-conditional; `unidad pretrain` trains unconditional and text-to-image models only"):
         pretrain(picture_folder, tmp_path / "out", build_settings(PretrainSettings, SMALL, {"init": str(tmp_path / "classes")}))
     assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ def test_another_result_is_told(source: Path, pictures: Path, tmp_path: Path, ca
 
 
 def test_a_pretrained_model_is_reproduced(pictures: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("unidad.pretrain._grid", lambda _: torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    monkeypatch.setattr("unidad.pretrain.Plain.draw", lambda *_: torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     settings = ["size=16", "widths=8,16", "cycles=2", "batch_size=2", "tracker=none", "sample_every=0"]
     sets = [word for setting in settings for word in ("--set", setting)]
     assert main(["pretrain", "--data", str(pictures), "--out", str(tmp_path / "p"), "--device", "cpu", *sets]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffusers import DDIMScheduler
 from safetensors import SafetensorError
 
 from unidad.backbones.load_text import is_sdxl, load_vae, pipeline_name, text_parts, zero_empty_prompt
@@ -43,6 +44,21 @@ def save_text_student(
     pipeline = _pipeline_class(folder)(**parts, **_options(folder))
     on_lcm_grid = steps == backbone.schedule.student_steps(len(steps), "lcm")
     write_pipeline(pipeline, out, facts | {"student_steps": steps}, _card(steps, facts, on_lcm_grid, pipeline_name(folder)), half)
+
+
+def save_text_source(
+    backbone: UNet2DCondBackbone, scheduler: dict[str, Any], folder: Path, out: Path, facts: dict[str, Any]
+) -> None:
+    """Write a many-step model as `save_text_student` writes a student, with a DDIM scheduler.
+
+    Raises:
+        CheckpointError: if the disk refuses.
+    """
+    config = {k: v for k, v in scheduler.items() if v is not None}
+    sampler = DDIMScheduler.from_config(config, clip_sample=False, timestep_spacing="trailing", steps_offset=1)
+    parts = text_parts(folder) | {"vae": load_vae(folder), "unet": plain_unet(backbone), "scheduler": sampler}
+    card = f"# {facts['title']}\n\n{facts['about']}\n"
+    write_pipeline(_pipeline_class(folder)(**parts, **_options(folder)), out, facts, card, half=False)
 
 
 def _pipeline_class(folder: Path) -> Any:

@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from unidad import checkpoint
-from unidad.backbones.load import SCHEDULE_KEYS, load_model
+from unidad.backbones.load import SCHEDULE_KEYS, Model
+from unidad.backbones.load_text import TextModel, open_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
@@ -24,6 +25,7 @@ from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
 from unidad.offload import refuse_useless_offload
 from unidad.optimizers import refuse_missing_optimizer
+from unidad.pretrain_text import Captioned
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.sample import draw
 from unidad.train import Trainer
@@ -41,7 +43,7 @@ def pretrain(
     """Train a source model and leave it in `out/model`, a stock diffusers folder.
 
     Args:
-        data: folder of pictures; thousands of them.
+        data: folder of pictures; thousands of them. With captions, where `init` is a text-to-image model.
         out: run folder; new, or with `resume` one of the same settings and pictures.
         until, expected: as for `unidad.adapt.train`.
 
@@ -53,31 +55,32 @@ def pretrain(
     refuse_wrong_gradients(settings, device)
     refuse_missing_optimizer(settings, device)
     refuse_useless_offload(settings, device)
-    backbone, scheduler, digest = start(settings)
-    pictures = load_folder(data, backbone.shape[-1])
+    model = start(settings)
+    given = (Path(data), settings, device)
+    job = Captioned(model, *given) if isinstance(model, TextModel) else Plain(model, *given)
     facts: dict[str, Any] = {
         "kind": "pretrain",
         "settings": as_dict(settings),
-        "hashes": {"pictures": pictures.digest} | ({"init": digest} if digest else {}),
+        "hashes": {"pictures": job.digest} | ({"init": model.digest} if model.digest else {}),
         "device": device.type,
         "precision": "bf16" if use_bf16(settings.precision, device) else "fp32",
-        "data": {"count": len(pictures), "folder": Path(data).name, "given": str(data)},
+        "data": {"count": job.count, "folder": Path(data).name, "given": str(data)},
         "surroundings": surroundings(str(device)),
     }
     refuse_other_inputs(facts["hashes"], expected)
     pick_tracker(settings)
     with open_run(out, facts, resume) as run:
         torch.manual_seed(settings.seed)
-        backbone = backbone.to(device)
+        backbone = model.backbone.to(device)
+        assert isinstance(backbone, UNet2DBackbone)
         if settings.compile:
             backbone.compile_unet()
         generator = torch.Generator(device).manual_seed(settings.seed)
         accelerator = make_accelerator(settings, run)
         start_trackers(accelerator)
-        stream = PictureStream(pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
         method = Finetune(backbone, generator, settings.denoising, law=settings.denoising_law)
         log = Log(run, accelerator, console)
-        trainer = Trainer(method, stream, settings, run, log, generator, accelerator, _grid)
+        trainer = Trainer(method, job.stream, settings, run, log, generator, accelerator, job.draw)
         found = checkpoint.latest(run.checkpoints) if resume else None
         if found:
             trainer.restore(found[1])
@@ -88,28 +91,47 @@ def pretrain(
         finally:
             accelerator.end_training()
         began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
-        about = f"Trained {began} with `unidad pretrain` on {len(pictures)} pictures, {trainer.place.cycle} updates."
-        product = trainer.product
-        assert isinstance(product, UNet2DBackbone)
-        save_source(product, scheduler, run.path / "model", {"title": "A source diffusion model", "about": about}, half=True)
+        about = f"Trained {began} with `unidad pretrain` on {job.count} pictures, {trainer.place.cycle} updates."
+        job.save(trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about})
     return run
 
 
-def start(settings: PretrainSettings) -> tuple[UNet2DBackbone, dict[str, object], str | None]:
-    """The network to train, its noise schedule as diffusers names it, and the digest of the weights it starts from, if any.
+class Plain:
+    """What `unidad pretrain` needs of a pixel model and a folder of pictures; `Captioned` has the same names."""
+
+    def __init__(self, model: Model, folder: Path, settings: PretrainSettings, device: torch.device):
+        pictures = load_folder(folder, model.backbone.shape[-1])
+        self.scheduler, self.digest, self.count = dict(model.scheduler), pictures.digest, len(pictures)
+        self.stream = PictureStream(pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device)
+
+    def draw(self, product: nn.Module) -> Tensor:
+        """Pictures of a sample grid, [N, 3, S, S] uint8."""
+        assert isinstance(product, UNet2DBackbone)
+        return draw(product, 48)
+
+    def save(self, product: nn.Module, out: Path, facts: dict[str, Any]) -> None:
+        """Write a stock folder."""
+        assert isinstance(product, UNet2DBackbone)
+        save_source(product, self.scheduler, out, facts, half=True)
+
+
+def start(settings: PretrainSettings) -> Model:
+    """The network to train and its noise schedule; a random one has no digest.
 
     Raises:
         UserError: if `init` names no model that can be trained.
     """
-    if settings.init != "scratch":
-        model = load_model(settings.init)
-        if not isinstance(model.backbone, UNet2DBackbone) or model.backbone.num_classes is not None:
-            raise ModelError(f"'{settings.init}' is class-conditional; `unidad pretrain` trains unconditional models only.")
-        return model.backbone, dict(model.scheduler), model.digest
-    scheduler = scheduler_settings(settings)
-    schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
-    unet = random_unet((3, settings.size, settings.size), settings.widths, settings.seed)
-    return UNet2DBackbone(unet, schedule, settings.prediction_type), scheduler, None
+    if settings.init == "scratch":
+        scheduler = scheduler_settings(settings)
+        schedule = NoiseSchedule(DDPMScheduler.from_config(scheduler).alphas_cumprod)
+        unet = random_unet((3, settings.size, settings.size), settings.widths, settings.seed)
+        return Model(UNet2DBackbone(unet, schedule, settings.prediction_type), scheduler, "scratch", "")
+    model = open_model(settings.init)
+    if isinstance(model, TextModel) or (isinstance(model.backbone, UNet2DBackbone) and model.backbone.num_classes is None):
+        return model
+    raise ModelError(
+        f"'{settings.init}' is class-conditional; `unidad pretrain` trains unconditional and text-to-image models only."
+    )
 
 
 def scheduler_settings(settings: PretrainSettings) -> dict[str, object]:
@@ -117,8 +139,3 @@ def scheduler_settings(settings: PretrainSettings) -> dict[str, object]:
     chosen = {"beta_schedule": settings.beta_schedule, "prediction_type": settings.prediction_type}
     config = dict(DDPMScheduler(**chosen).config)
     return {key: config[key] for key in SCHEDULE_KEYS}
-
-
-def _grid(product: nn.Module) -> Tensor:
-    assert isinstance(product, UNet2DBackbone)
-    return draw(product, 48)

@@ -96,7 +96,8 @@ def add_pretrain(commands: Commands) -> None:
         "pretrain",
         "Train a source diffusion model on thousands of pictures, from scratch or on from another.",
         """  unidad pretrain --data many_pictures --out runs/source --set size=32 --set cycles=20000
-  unidad pretrain --data many_pictures --out runs/better --set init=runs/source --set lr=7e-4""",
+  unidad pretrain --data many_pictures --out runs/better --set init=runs/source --set lr=7e-4
+  unidad pretrain --data captioned_pictures --out runs/told --set init=SD_FOLDER""",
         _pretrain,
     )
     parser.add_argument("--data", required=True, metavar="FOLDER")
