@@ -181,7 +181,7 @@ def test_bad_folders(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_doctor_and_help(capsys: pytest.CaptureFixture) -> None:
     assert main(["doctor"]) in (0, 1)
-    assert torch.__version__ in capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out

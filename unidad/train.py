@@ -203,9 +203,7 @@ class Trainer:
                 losses = phase.loss(pictures, labels) if masks is None else phase.loss(pictures, labels, masks)
             shown = losses if self.guard is None else self.guard.see(losses)
             bad = not_finite(losses) if self.guard is None else None
-            error = (
-                None if bad is None else self._non_finite(f"the loss '{bad}' of phase '{phase.name}' became {losses[bad].item()}")
-            )
+            error = self._non_finite(f"the loss '{bad}' of phase '{phase.name}' became {losses[bad].item()}") if bad else None
             if self.shard:  # they go backward together, or not at all
                 self._agree(phase, error)
             elif error is not None:
