@@ -88,3 +88,12 @@ def test_what_breaks_machines_is_never_imported(name):
     roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     roots |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert not roots & {"torchvision", "pickle", "lpips", "timm"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_stay_under_400_lines_and_functions_under_60(name: str) -> None:
+    text = (ROOT / f"{name}.py").read_text()
+    assert len(text.splitlines()) < 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno is not None and f.end_lineno - f.lineno >= 59}
+    assert not long

@@ -17,7 +17,7 @@ from unidad import checkpoint
 from unidad.backbones.base import Backbone
 from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
-from unidad.device import make_accelerator, pick_device, refuse_wrong_gradients, start_trackers, use_bf16
+from unidad.device import make_accelerator, start_trackers, use_bf16
 from unidad.distributed import Ranks, naming_the_lost
 from unidad.export import made
 from unidad.heads import build_heads
@@ -29,8 +29,7 @@ from unidad.methods.finetune import Finetune
 from unidad.methods.objective import Objective
 from unidad.methods.two_stage import AdaptThenDistill
 from unidad.methods.unidad import UniDAD
-from unidad.offload import refuse_useless_offload
-from unidad.optimizers import refuse_missing_optimizer
+from unidad.optimizers import checked_device
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.sharding import whole_copy
 from unidad.train import Trainer
@@ -109,10 +108,7 @@ def train(
     """
     settings = settings or TrainSettings()
     parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
-    device = pick_device(settings.device)
-    refuse_wrong_gradients(settings, device)
-    refuse_missing_optimizer(settings, device)
-    refuse_useless_offload(settings, device)
+    device = checked_device(settings)
     accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
     device = accelerator.device if accelerator.num_processes > 1 else device
     say = console.print if console is not None else _silent
@@ -132,13 +128,10 @@ def train(
         sampler, rates = _sampler(parts, settings), network_rates(settings)
         shard = settings.shard and ranks.count > 1
         trainer = Trainer(method, stream, settings, run, log, generator, accelerator, sampler, rates, shard)
-        found = checkpoint.latest(run.checkpoints) if resume else None
-        if found:
-            trainer.restore(found[1])
+        if _restored(trainer, resume):
             say(f"Going on from cycle {trainer.place.cycle} of {settings.cycles}.")
         else:
             log.rewind(0)
-        del found
         try:
             with naming_the_lost(only="gloo") if shard else nullcontext():
                 trainer.fit(until)
@@ -148,6 +141,14 @@ def train(
         if ranks.first:
             finish(run, product, parts, settings, target)
     return run
+
+
+def _restored(trainer: Trainer, resume: bool) -> bool:
+    """Whether there was a checkpoint to go on from; the trainer stands there then, and the file's tensors are let go of."""
+    found = checkpoint.latest(trainer.run.checkpoints) if resume else None
+    if found:
+        trainer.restore(found[1])
+    return found is not None
 
 
 def _silent(*_: object) -> None:

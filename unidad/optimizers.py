@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidad.config import LoopSettings
+from unidad.config import LoopSettings, PretrainSettings, TrainSettings
+from unidad.device import pick_device, refuse_wrong_gradients
 from unidad.errors import SettingsError
-from unidad.offload import HostMoments
+from unidad.offload import HostMoments, refuse_useless_offload
 from unidad.sharding import share_like
 
 # bitsandbytes' own: parameters with fewer numbers keep float32 moments; the others have a float32 scale for each block of a moment.
@@ -31,6 +32,19 @@ def refuse_missing_optimizer(settings: LoopSettings, device: torch.device) -> No
         raise SettingsError(f"'optimizer' adamw8bit needs an NVIDIA GPU or a CPU, not {device.type}. Set optimizer=adamw.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError("'optimizer' adamw8bit needs bitsandbytes. Run: pip install 'unidad[8bit]', or set optimizer=adamw.")
+
+
+def checked_device(settings: TrainSettings | PretrainSettings) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        SettingsError: there is no such device, or what the settings ask for cannot be computed on it.
+    """
+    device = pick_device(settings.device)
+    refuse_wrong_gradients(settings, device)
+    refuse_missing_optimizer(settings, device)
+    refuse_useless_offload(settings, device)
+    return device
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: LoopSettings, rate: float) -> torch.optim.Optimizer:

@@ -17,14 +17,13 @@ from unidad.backbones.load_text import TextModel, open_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
-from unidad.device import make_accelerator, pick_device, pick_tracker, refuse_wrong_gradients, start_trackers, use_bf16
+from unidad.device import make_accelerator, pick_tracker, start_trackers, use_bf16
 from unidad.errors import ModelError
 from unidad.export import save_source
 from unidad.log import Log
 from unidad.methods.finetune import Finetune
 from unidad.noise import NoiseSchedule
-from unidad.offload import refuse_useless_offload
-from unidad.optimizers import refuse_missing_optimizer
+from unidad.optimizers import checked_device
 from unidad.pretrain_text import Captioned
 from unidad.run import RunFolder, open_run, public_name, refuse_other_inputs, surroundings
 from unidad.sample import draw
@@ -51,10 +50,7 @@ def pretrain(
         UserError: as `start`, `load_folder`, `open_run` and `checkpoint.latest` do.
         Stopped: after SIGINT or SIGTERM, saved.
     """
-    device = pick_device(settings.device)
-    refuse_wrong_gradients(settings, device)
-    refuse_missing_optimizer(settings, device)
-    refuse_useless_offload(settings, device)
+    device = checked_device(settings)
     model = start(settings)
     given = (Path(data), settings, device)
     job = Captioned(model, *given) if isinstance(model, TextModel) else Plain(model, *given)
@@ -75,8 +71,7 @@ def pretrain(
         assert isinstance(backbone, UNet2DBackbone)
         if settings.compile:
             backbone.compile_unet()
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        accelerator = make_accelerator(settings, run)
+        generator, accelerator = torch.Generator(device).manual_seed(settings.seed), make_accelerator(settings, run)
         start_trackers(accelerator)
         method = Finetune(backbone, generator, settings.denoising, law=settings.denoising_law)
         log = Log(run, accelerator, console)

@@ -70,17 +70,9 @@ def evaluate(
         ValueError: for an unknown mode or k < 1.
     """
     samples = _checked(samples, reference, train, n)
-    facts: dict[str, Any] = {
-        "extractor": extractor.name,
-        "digest": extractor.digest,
-        "resize": extractor.resize,
-        "samples": len(samples),
-        "reference": _count(reference),
-        "train": 0 if train is None else len(train),
-        "seed": seed,
-        "k": k,
-        "mode": mode,
-    }
+    counts = {"samples": len(samples), "reference": _count(reference), "train": 0 if train is None else len(train)}
+    judge = {"extractor": extractor.name, "digest": extractor.digest, "resize": extractor.resize}
+    facts: dict[str, Any] = {**judge, **counts, "seed": seed, "k": k, "mode": mode}
     if isinstance(extractor, Lpips):
         return facts | _by_lpips(extractor, samples, reference, train, mode)
     fake = features_of(extractor, samples)
@@ -91,8 +83,11 @@ def evaluate(
     known = features_of(extractor, train, cache_dir)
     unseen = _heldout(reference, train)
     heldout = distances.nearest(real[unseen], known) if isinstance(real, Tensor) and len(unseen) else None
-    intra = distances.intra_diversity(fake, known, mode=mode)
-    return facts | scores | _against_training(intra, distances.nearest(fake, known), heldout)
+    return (
+        facts
+        | scores
+        | _against_training(distances.intra_diversity(fake, known, mode=mode), distances.nearest(fake, known), heldout)
+    )
 
 
 def _checked(samples: Tensor, reference: Tensor | Statistics, train: Tensor | None, n: int | None) -> Tensor:
