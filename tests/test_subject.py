@@ -190,7 +190,7 @@ def test_a_photo_without_its_caption_is_named(run: Path, photos: Path, tmp_path:
         ("..\\\\01.png", "Line 2"),
         ("..", "Line 2"),
         ("", "Line 2"),
-        ("gone.png", "no caption, though others have: 01.png"),
+        ("gone.png", "these have no caption or an empty one: 01.png"),
     ],
 )
 def test_captions_of_a_stranger_stay_in_their_folder(run, photos, judges, tmp_path, name, sentence, capsys):
