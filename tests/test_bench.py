@@ -121,6 +121,13 @@ def test_a_text_shape_draws_and_trains_with_adapters(tiny_text, tmp_path):
     assert cycle.trainer.place.updates["student"] == 1
 
 
+@pytest.mark.parametrize(("preset", "phase"), [("avatars-finetune", "model"), ("avatars-demo", "student")])
+def test_presets_can_be_measured(preset, phase, capsys):
+    small = ["--set", "batch_size=1", "--set", "precision=fp32"] + (["--set", "anchor_batch=1"] if phase == "student" else [])
+    assert main(["bench", "train", "--preset", preset, "--cycles", "1", *small]) == 0
+    assert f"  {phase} " in capsys.readouterr().out
+
+
 def test_an_architecture_has_its_attention_where_it_says():
     unet, architecture = random_model("adm-32x64").backbone.unet, ARCHITECTURES["adm-32x64"]
     assert tuple(bool(getattr(block, "attentions", None)) for block in unet.down_blocks) == architecture.attends

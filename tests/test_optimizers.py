@@ -14,15 +14,14 @@ import tiny
 import torch
 from accelerate import Accelerator
 from test_plan import settings, sources  # noqa: F401  # the fixture
-from test_train import assert_same_state, make, record
+from test_train import assert_resumes, make, record
 
-from unidad import checkpoint, optimizers
+from unidad import optimizers
 from unidad import plan as planning
 from unidad import train as loop
 from unidad.cli import main
 from unidad.config import LoopSettings, TrainSettings, build_settings
 from unidad.errors import CheckpointError, SettingsError
-from unidad.signals import Stopped
 
 EIGHT = {"optimizer": "adamw8bit"}
 
@@ -105,19 +104,7 @@ def moments(trainer: loop.Trainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stop_in_update", [1, 3])
 def test_resume_is_bit_equal(stop_in_update, eight, tmp_path, picture_folder):
-    whole = make(tmp_path / "whole", picture_folder, cycles=2, **EIGHT)
-    expected = record(whole)
-    whole.fit()
-    first = make(tmp_path / "parts", picture_folder, cycles=2, **EIGHT)
-    seen = record(first, stop_in_update)
-    with pytest.raises(Stopped):
-        first.fit()
-    second = make(tmp_path / "parts", picture_folder, tiny.unidad(seed=99), cycles=2, **EIGHT)
-    second.restore(checkpoint.latest(tmp_path / "parts" / "checkpoints")[1])
-    after = record(second)
-    second.fit()
-    assert seen + after == expected
-    assert_same_state(second, whole)
+    assert_resumes(stop_in_update, tmp_path, picture_folder, tiny.unidad, cycles=2, **EIGHT)
 
 
 def test_moments_are_held_in_eight_bits_and_counted(eight, tmp_path, picture_folder):

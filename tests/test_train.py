@@ -147,22 +147,27 @@ def test_resume_with_a_warmed_up_target_teacher(stop_in_update, tmp_path, pictur
     assert_same_state(runs["parts"][0], runs["whole"][0])
 
 
-@pytest.mark.parametrize("stop_in_update", [1, 2, 5])
-def test_resume_with_an_anchor_to_the_teacher(stop_in_update, tmp_path, picture_folder):
-    numbers = {"anchor_weight": 5.0, "anchor": "teacher", "anchor_pool": 8, "anchor_steps": 1}
-    whole = make(tmp_path / "whole", picture_folder, tiny.unidad(**numbers), cycles=2)
+def assert_resumes(stop_in_update, tmp_path, picture_folder, method, **settings):
+    """A run of `method()` that is stopped in this update goes on, with another seed in memory, to the bits of one that is not."""
+    whole = make(tmp_path / "whole", picture_folder, method(), **settings)
     expected = record(whole)
     whole.fit()
-    parts = make(tmp_path / "parts", picture_folder, tiny.unidad(**numbers), cycles=2)
+    parts = make(tmp_path / "parts", picture_folder, method(), **settings)
     seen = record(parts, stop_in_update)
     with pytest.raises(Stopped):
         parts.fit()
-    again = make(tmp_path / "parts", picture_folder, tiny.unidad(**numbers, seed=99), cycles=2)
+    again = make(tmp_path / "parts", picture_folder, method(seed=99), **settings)
     again.restore(checkpoint.latest(tmp_path / "parts" / "checkpoints")[1])
     after = record(again)
     again.fit()
     assert seen + after == expected
     assert_same_state(again, whole)
+
+
+@pytest.mark.parametrize("stop_in_update", [1, 2, 5])
+def test_resume_with_an_anchor_to_the_teacher(stop_in_update, tmp_path, picture_folder):
+    numbers = {"anchor_weight": 5.0, "anchor": "teacher", "anchor_pool": 8, "anchor_steps": 1}
+    assert_resumes(stop_in_update, tmp_path, picture_folder, lambda **seed: tiny.unidad(**numbers, **seed), cycles=2)
 
 
 def test_resume_from_a_saved_cycle(whole_run, tmp_path, picture_folder):

@@ -21,7 +21,7 @@ from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet
 from unidad.device import make_accelerator, pick_device, use_bf16
 from unidad.errors import SettingsError
-from unidad.ingredients import Ingredients, student_steps
+from unidad.ingredients import Ingredients, fitting_steps
 from unidad.ingredients_text import gather_nothing
 from unidad.log import Log
 from unidad.metrics.extractors import load_extractor
@@ -100,7 +100,7 @@ def _random_ingredients(arch: str, settings: TrainSettings, count: int) -> Ingre
     generator = torch.Generator().manual_seed(settings.seed)
     pixels = torch.randint(0, 256, (count, *model.backbone.shape), generator=generator, dtype=torch.uint8)
     pictures = PictureSet(pixels, [f"random {i}" for i in range(count)], "random")
-    return Ingredients(model, pictures, None, None, student_steps(settings, model.backbone.schedule))
+    return Ingredients(model, pictures, None, None, fitting_steps(settings, model))
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Cycle:
 
     def forward_flops(self) -> int:
         """FLOPs of one full forward of one picture: the F of the cost model."""
-        network = self.trainer.method.networks["fake_teacher"]
+        network = self.trainer.method.networks[self.trainer.method.product]
         assert isinstance(network, Backbone)
         x, zero = torch.zeros(1, *network.shape, device=self.device), torch.zeros(1, dtype=torch.long, device=self.device)
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:

@@ -295,7 +295,7 @@ class Trainer:
             self._sample()
 
     def write_log(self) -> None:
-        """One line of means since the last one; the only place in a cycle that reads numbers back from the device."""
+        """One line of means since the last one; with a deferred guard the only place in a cycle that reads numbers back."""
         self._read_guard()
         skipped = {"skipped": self.place.skipped} if self.place.skipped else {}
         self.log.flush(self.place.cycle, self.place.seconds, dict(self.place.updates), **skipped, **self._saving)

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # file names may look like markup
     warnings.showwarning = lambda message, *_rest, **_more: console.print(f"Note: {message}", highlight=False)
     try:
-        if first and getattr(args, "out", None):
+        if first and args.out:
             refuse_holder(Path(args.out))  # before the libraries are loaded, which takes seconds
         _quiet_libraries()
         code = args.run(args, console)
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(kind="other")
+    parser.set_defaults(kind="other", out=None)
     parser.add_argument("--version", action="version", version=f"unidad {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     training.add_train(commands)

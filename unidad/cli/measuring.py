@@ -82,7 +82,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 # Of a preset's settings, those that say how long it runs or where from; a cycle costs the same without.
 LENGTHS = frozenset(
-    {"source", "student_init", "cycles", "max_minutes", "sample_every", "save_every", "target_warmup", "target_cycles"}
+    {"source", "student_init", "cycles", "max_minutes", "sample_every", "save_every", "target_warmup", "target_cycles", "transfer"}
 )
 
 
