@@ -159,10 +159,60 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = {**sizes, "intermediate_size": 32, "vocab_size": 50}
     clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     clip.save_pretrained(folder / "tiny-clip")
-    return {"dinov2": folder / "tiny-dino", "clip": folder / "tiny-clip"}
+    first = transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=32, image_size=32), add_pooling_layer=False)
+    first.save_pretrained(folder / "tiny-vit")
+    return {"dino": folder / "tiny-vit", "dinov2": folder / "tiny-dino", "clip": folder / "tiny-clip"}
 
 
-@pytest.mark.parametrize(("family", "side", "dim"), [("dinov2", 224, 16), ("clip", 32, 12)])
+def vit_by_hand(x: torch.Tensor, w: dict[str, torch.Tensor], layers: int = 2, heads: int = 2) -> torch.Tensor:
+    """A ViT as arXiv 2010.11929 has it, pre-norm, over 16x16 patches, with the last norm: pictures -> tokens [B, 1 + patches, D]."""
+    import torch.nn.functional as F
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
+
+    patches = "embeddings.patch_embeddings.projection"
+    tokens = F.conv2d(x, w[f"{patches}.weight"], w[f"{patches}.bias"], stride=16).flatten(2).transpose(1, 2)
+    tokens = torch.cat([w["embeddings.cls_token"].expand(len(x), -1, -1), tokens], 1) + w["embeddings.position_embeddings"]
+    for i in (f"layers.{n}" for n in range(layers)):
+        h = norm(f"{i}.layernorm_before", tokens)
+        q, k, v = (linear(f"{i}.attention.{p}_proj", h).unflatten(-1, (heads, -1)).transpose(1, 2) for p in "qkv")
+        attended = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        tokens = tokens + linear(f"{i}.attention.o_proj", attended.transpose(1, 2).flatten(2))
+        tokens = tokens + linear(f"{i}.mlp.fc2", F.gelu(linear(f"{i}.mlp.fc1", norm(f"{i}.layernorm_after", tokens))))
+    return norm("layernorm", tokens)
+
+
+def test_dino_under_its_published_names(tiny_models, tmp_path):
+    """facebook/dino-vits16 has a ViT's older names, and may come with a pooler that DINO never trained."""
+    import safetensors.torch
+
+    state, older = safetensors.torch.load_file(tiny_models["dino"] / "model.safetensors"), {}
+    for name, value in state.items():
+        for ours, theirs in {
+            "attention.q_proj": "attention.attention.query",
+            "attention.k_proj": "attention.attention.key",
+            "attention.v_proj": "attention.attention.value",
+            "attention.o_proj": "attention.output.dense",
+            "mlp.fc1": "intermediate.dense",
+            "mlp.fc2": "output.dense",
+            "layers.": "encoder.layer.",
+        }.items():
+            name = name.replace(ours, theirs)
+        older[name] = value
+    assert "encoder.layer.1.attention.attention.query.weight" in older
+    older |= {"pooler.dense.weight": torch.ones(16, 16), "pooler.dense.bias": torch.zeros(16)}
+    (tmp_path / "config.json").write_bytes((tiny_models["dino"] / "config.json").read_bytes())
+    safetensors.torch.save_file(older, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, ours = load_extractor("dino", [tmp_path]), load_extractor("dino", [tiny_models["dino"]])
+    assert theirs.digest == ours.digest
+    assert torch.equal(theirs(pictures(2)), ours(pictures(2)))
+
+
+@pytest.mark.parametrize(("family", "side", "dim"), [("dino", 32, 16), ("dinov2", 224, 16), ("clip", 32, 12)])
 def test_transformers_features_are_the_models_own(tiny_models, family, side, dim):
     import transformers
 
@@ -173,6 +223,7 @@ def test_transformers_features_are_the_models_own(tiny_models, family, side, dim
     assert extractor.name == f"{family}:{tiny_models[family].name}"
     assert extractor.resize == f"bicubic to {side}x{side}, antialiased"
     published = {
+        "dino": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     }
@@ -180,7 +231,9 @@ def test_transformers_features_are_the_models_own(tiny_models, family, side, dim
     x = (resized(pixels, side, side) / 255 - mean) / deviation
     model = transformers.AutoModel.from_pretrained(tiny_models[family], local_files_only=True).eval()
     with torch.no_grad():
-        if family == "dinov2":
+        if family == "dino":
+            expected = vit_by_hand(x, model.state_dict())[:, 0]
+        elif family == "dinov2":
             expected = model(pixel_values=x).pooler_output
         else:
             expected = model.visual_projection(model.vision_model(pixel_values=x).pooler_output)
@@ -202,8 +255,11 @@ def test_transformers_digest_is_that_of_the_numbers(tiny_models, tmp_path):
 
 
 def test_transformers_models_of_another_kind_or_absent_are_refused(tiny_models, tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match="'clip' model"):
-        load_extractor("dinov2", [tiny_models["clip"]])
+    for family in ("dino", "dinov2"):
+        with pytest.raises(ModelError, match="'clip' model"):
+            load_extractor(family, [tiny_models["clip"]])
+    with pytest.raises(ModelError, match="'dinov2' model"):
+        load_extractor("dino", [tiny_models["dinov2"]])
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_extractor("clip", [tmp_path])
     import safetensors.torch

@@ -56,7 +56,7 @@ def add_evaluate(commands: Commands) -> None:
   unidad evaluate folder_of_samples --reference heldout_pictures --json scores.json
   unidad evaluate runs/mine --reference all_pictures --extractor inception-fid --weights pt_inception-2015-12-05-6726825d.pth
   unidad evaluate runs/mine --reference all_pictures --train my_pictures --extractor lpips-vgg --mode paper
-  unidad evaluate runs/cat --track sdp --train photos --dino DINOV2_FOLDER --clip CLIP_FOLDER --scores dino clip""",
+  unidad evaluate runs/cat --track sdp --train photos --dino DINO_FOLDER --clip CLIP_FOLDER --scores dino clip""",
         _evaluate,
     )
     parser.add_argument("samples", metavar="RUN_OR_MODEL_OR_FOLDER", help="a run or model to draw from, or a folder of pictures")
@@ -70,7 +70,7 @@ def add_evaluate(commands: Commands) -> None:
         "--extractor",
         default="efficientnet-lite0",
         metavar="NAME",
-        help="features to compare in: efficientnet-lite0 (default; needs no file), inception-fid, lpips-vgg, lpips-alex, dinov2, clip",
+        help="features to compare in: efficientnet-lite0 (default; needs no file), inception-fid, lpips-vgg, lpips-alex, dino, dinov2, clip",
     )
     parser.add_argument(
         "--weights",
@@ -78,7 +78,7 @@ def add_evaluate(commands: Commands) -> None:
         default=[],
         metavar="FILE",
         help="a weights file of that extractor, whatever its name; may be repeated (or put it into the folder $UNIDAD_WEIGHTS, else "
-        "`weights` beside the cached features); for dinov2 and clip a folder saved by transformers, or a hub id",
+        "`weights` beside the cached features); for dino, dinov2 and clip a folder saved by transformers, or a hub id",
     )
     parser.add_argument("--download", action="store_true", help="fetch weights that are missing; nothing is fetched without this")
     parser.add_argument(
@@ -109,7 +109,11 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", nargs="+", choices=("dino", "clip", "lpips"), help="sdp: only these; lpips takes its files from --weights (all)"
     )
-    parser.add_argument("--dino", metavar="FOLDER", help="sdp: a DINOv2 model saved by transformers, or a hub id")
+    parser.add_argument(
+        "--dino",
+        metavar="FOLDER",
+        help="sdp: a DINO (ViT) or DINOv2 model saved by transformers, or a hub id (facebook/dino-vits16)",
+    )
     parser.add_argument("--clip", metavar="FOLDER", help="sdp: a CLIP model saved by transformers with its tokenizer, or a hub id")
 
 

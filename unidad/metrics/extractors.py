@@ -52,6 +52,7 @@ EXTRACTORS: dict[str, Callable[..., Extractor]] = {
     "inception-fid": _inception,
     "lpips-vgg": partial(_lpips, "vgg"),
     "lpips-alex": partial(_lpips, "alex"),
+    "dino": partial(_vision, "dino"),
     "dinov2": partial(_vision, "dinov2"),
     "clip": partial(_vision, "clip"),
 }
@@ -68,7 +69,7 @@ def load_extractor(
 
     Args:
         name: which one.
-        weights: files with its weights, see `find_weights`; for dinov2 and clip one folder or hub id. The default
+        weights: files with its weights, see `find_weights`; for dino, dinov2 and clip one folder or hub id. The default
             extractor has its own, the others look into the weights folder or the hub's cache.
         download: fetch what is missing.
         device: where its network runs.

@@ -1,4 +1,4 @@
-"""DINOv2 and CLIP features through transformers (extra `metrics`), from a local folder, or a hub id that the cache holds."""
+"""DINO, DINOv2 and CLIP features through transformers (extra `metrics`), from a local folder, or a hub id that the cache holds."""
 
 from __future__ import annotations
 
@@ -19,24 +19,33 @@ class Family:
     """What a kind of model is fed: mean and deviation are of pixels in 0..1; `side` None means the size in its configuration."""
 
     hub_id: str
+    model_type: str  # as its configuration has it
     side: int | None
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FAMILIES = {
-    "dinov2": Family("facebook/dinov2-base", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": Family("openai/clip-vit-base-patch32", None, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "dino": Family("facebook/dino-vits16", "vit", None, *IMAGENET),
+    "dinov2": Family("facebook/dinov2-base", "dinov2", 224, *IMAGENET),
+    "clip": Family(
+        "openai/clip-vit-base-patch32",
+        "clip",
+        None,
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
 }
 
 
 class VisionFeatures:
-    """The class token of DINOv2 after its last norm, or the image embedding of CLIP, neither scaled to length 1.
+    """The class token of DINO or DINOv2 after its last norm, or the image embedding of CLIP, none scaled to length 1.
 
-    Pictures are resized whole, bicubic and antialiased, without a centre crop, to 224 pixels (CLIP: to its own size).
+    Pictures are resized whole, bicubic and antialiased, without a centre crop, to the model's own size (DINOv2: to 224 pixels).
 
     Args:
-        family: "dinov2" or "clip".
+        family: "dino" (the first one, arXiv 2104.14294: a plain ViT, whose pooler, which it never had, is left out), "dinov2" or "clip".
         source: a folder saved by transformers, or a hub id.
         download: fetch a hub id that the local cache does not hold.
         batch_size: pictures at a time.
@@ -61,7 +70,7 @@ class VisionFeatures:
         self.batch_size, self.device = batch_size, torch.device(device)
         network = _load(family, source, download)
         self._network = network.eval().requires_grad_(False).to(self.device)
-        self._side = self._family.side or int(network.config.vision_config.image_size)
+        self._side = self._family.side or int(getattr(network.config, "vision_config", network.config).image_size)
         self.name = f"{family}:{Path(source).name}"
         self.resize = f"bicubic to {self._side}x{self._side}, antialiased"
         self.digest = state_digest(self._network)
@@ -106,22 +115,50 @@ class VisionFeatures:
         return self._network(pixel_values=x).last_hidden_state[:, 0]
 
 
-def _load(family: str, source: str, download: bool) -> Any:
+def dino_family(source: str | Path | None, download: bool = False) -> str:
+    """Which of "dino" and "dinov2" a model is of; "dino", the paper's, where none is given.
+
+    Raises:
+        SettingsError, ModelError: as `VisionFeatures` does.
+    """
+    if source is None:
+        return "dino"
+    kind = _model_type(str(source), download)
+    return "dinov2" if kind == FAMILIES["dinov2"].model_type else "dino"
+
+
+def _model_type(source: str, download: bool) -> str:
     try:
         import transformers
     except ImportError:
         raise SettingsError("These features need transformers: pip install 'unidad[metrics]'.") from None
-    local: dict[str, Any] = {"local_files_only": Path(source).is_dir() or not download}
     try:
-        kind = transformers.AutoConfig.from_pretrained(source, **local).model_type
-        if kind != family:
-            raise ModelError(f"'{source}' is a '{kind}' model, not '{family}'. Give another --weights or --extractor.")
-        network, report = transformers.AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **local)
+        return str(
+            transformers.AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir() or not download).model_type
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"'{source}' cannot be loaded here: {' '.join(str(error).split())[:200]} Give a folder saved by transformers with "
-            "--weights FOLDER (--track sdp: --dino or --clip FOLDER), or let --download fetch a hub id."
-        ) from None
+        raise _unloadable(source, error) from None
+
+
+def _unloadable(source: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"'{source}' cannot be loaded here: {' '.join(str(error).split())[:200]} Give a folder saved by transformers with "
+        "--weights FOLDER (--track sdp: --dino or --clip FOLDER), or let --download fetch a hub id."
+    )
+
+
+def _load(family: str, source: str, download: bool) -> Any:
+    kind, wanted = _model_type(source, download), FAMILIES[family].model_type
+    if kind != wanted:
+        raise ModelError(f"'{source}' is a '{kind}' model, and {family} is a '{wanted}'. Give another model or --extractor.")
+    import transformers
+
+    options: dict[str, Any] = {"local_files_only": Path(source).is_dir() or not download, "output_loading_info": True}
+    options |= {"add_pooling_layer": False} if family == "dino" else {}
+    try:
+        network, report = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unloadable(source, error) from None
     if report["missing_keys"]:
         raise ModelError(f"'{source}' lacks weights, among them '{min(report['missing_keys'])}'. Get the model anew.")
     return network
