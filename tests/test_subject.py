@@ -57,7 +57,9 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("judges")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "dino")
+    vit = transformers.ViTConfig(**sizes, intermediate_size=16, image_size=32)
+    transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "dino")
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(folder / "dino2")
     words = sd.write_tokenizer(folder / "clip")
     ends = {"vocab_size": words.vocab_size, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     vision = {**sizes, "intermediate_size": 16, "image_size": 32, "patch_size": 8}
@@ -109,6 +111,18 @@ def test_a_run_and_a_folder_of_its_samples_score_the_same(run: Path, picture_fol
         assert second[key] == pytest.approx(first[key], abs=1e-5)
 
 
+def test_dino_is_the_first_or_the_second_as_the_model_given_is(run: Path, picture_folder: Path, judges: list[str], tmp_path: Path):
+    judged, second = {}, [f"{word}2" if word.endswith("/dino") else word for word in judges]
+    for name, words in (("dino", judges), ("dinov2", second)):
+        (tmp_path / "own.txt").write_text("a {} on the dog\n")
+        told = ["--prompts", tmp_path / "own.txt", "--n", 1, "--json", tmp_path / "x.json"]
+        assert evaluate(run, "--train", picture_folder, *told, *words, "--scores", "dino") == 0
+        found = json.loads((tmp_path / "x.json").read_text())
+        judged[name] = (found["dino"], found["extractors"]["dino"]["name"].split(":")[0])
+    assert [told for _, told in judged.values()] == ["dino", "dinov2"]
+    assert judged["dino"][0] != judged["dinov2"][0]
+
+
 def test_lpips_gives_both_varieties():
     lpips = Lpips("alex", test_lpips.random_state("alex"), "x")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -128,9 +142,18 @@ def test_lpips_gives_both_varieties():
         (["--train", "PHOTOS", "--scores", "lpips"], "vgg16-397923af.pth"),
         (["--train", "PHOTOS", "JUDGES", "--n", "0"], "must be at least 1"),
         (["--train", "PHOTOS", "JUDGES", "--prompts", "nothing"], "no bundled list"),
+        (["--train", "PHOTOS", "JUDGES", "--steps", "5000"], "--steps"),
+        (["--train", "PHOTOS", "JUDGES", "--prompts", "LONG"], "more than the 77"),
+        (["--train", "nowhere", "JUDGES"], "no folder 'nowhere'"),
     ],
 )
-def test_what_is_missing_is_said(run: Path, picture_folder: Path, judges: list[str], words, sentence, capsys):
+def test_what_is_missing_is_said(
+    run: Path, picture_folder: Path, judges: list[str], words, sentence, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / "LONG").write_text("a {} " + "on the dog " * 40)
+    monkeypatch.chdir(tmp_path)
+    if "JUDGES" in words:  # what is wrong with the run, the photos or the numbers is said before a judge is looked for
+        monkeypatch.setattr("unidad.evaluate_subject.load_extractor", lambda *_: pytest.fail("the judges came first"))
     meant = [w for word in words for w in (judges if word == "JUDGES" else [picture_folder if word == "PHOTOS" else word])]
     assert evaluate(run, *meant) == 2
     assert sentence in capsys.readouterr().err

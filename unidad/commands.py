@@ -26,6 +26,7 @@ from unidad.backbones.load_text import (
     load_vae,
     open_model,
     pipeline_name,
+    refuse_long,
 )
 from unidad.backbones.lora import LoraRole
 from unidad.backbones.unet2d import UNet2DBackbone
@@ -144,9 +145,7 @@ def draw_prompts(
     Raises:
         SettingsError: if a number cannot be used, a prompt is too long, or the model is no few-step student.
     """
-    _check_numbers(n, steps, seed, batch_size)
-    if model.student_steps is None:
-        raise SettingsError(f"'{model.name}' is a many-step model. Draw from it with diffusers' {pipeline_name(model.folder)}.")
+    check_prompts(model, prompts, n, steps, seed, batch_size)
     chip, backbone = pick_device(device), model.backbone
     assert isinstance(backbone, UNet2DCondBackbone)
     backbone.set_prompts(encode_prompts(model.folder, [*prompts, ""]))
@@ -154,6 +153,15 @@ def draw_prompts(
     decode = partial(decode_latents, load_vae(model.folder).to(chip))
     rows = [draw(backbone, n, seed, grid, batch_size=batch_size, label=i, decode=decode) for i in range(len(prompts))]
     return torch.stack(rows)
+
+
+def check_prompts(model: TextModel, prompts: Sequence[str], n: int, steps: int | None, seed: int, batch_size: int) -> None:
+    """Raise the SettingsError that `draw_prompts` would, without drawing."""
+    _check_numbers(n, steps, seed, batch_size)
+    if model.student_steps is None:
+        raise SettingsError(f"'{model.name}' is a many-step model. Draw from it with diffusers' {pipeline_name(model.folder)}.")
+    _grid(model, steps)
+    refuse_long(model.folder, list(prompts))
 
 
 def sample_to_folder(

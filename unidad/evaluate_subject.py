@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from unidad.backbones.load import bundled_path
-from unidad.backbones.load_text import TextModel
+from unidad.backbones.load_text import TextModel, picture_side
 from unidad.captions import METADATA, read_captions
-from unidad.commands import GRID, draw_prompts, load_product
+from unidad.commands import GRID, check_prompts, draw_prompts, load_product
 from unidad.data import list_pictures, load_files, load_folder, open_picture
 from unidad.device import pick_device
 from unidad.errors import DataError, SettingsError
 from unidad.metrics.extractors import load_extractor
 from unidad.metrics.lpips import Lpips
 from unidad.metrics.subject import image_likeness, prompt_likeness, prompt_variety
-from unidad.metrics.vision import VisionFeatures
+from unidad.metrics.vision import VisionFeatures, dino_family
 from unidad.prompts import in_contexts, read_templates
 from unidad.run import RUN_FILE, RunFolder
 from unidad.sheets import labelled_grid
@@ -54,9 +55,10 @@ def evaluate_subject(args: argparse.Namespace) -> str:
     for flag, file in (("--json", args.json), ("--panel", args.panel)):
         if file and not Path(file).absolute().parent.is_dir():
             raise SettingsError(f"{flag}: there is no folder '{Path(file).parent}'. Make it first or give another file.")
+    draw, side = _looked_at(args)
+    photos = load_folder(bundled_path(args.train, "targets"), side).pixels
     judges = _judges(args)
-    drawn = _drawn(args)
-    photos = load_folder(bundled_path(args.train, "targets"), drawn.pixels.shape[-1]).pixels
+    drawn = draw()
     result = score_subject(drawn, photos, judges) | drawn.facts
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -74,11 +76,11 @@ def _panel(drawn: Drawn) -> Image.Image:
 
 
 def _judges(args: argparse.Namespace) -> dict[str, Any]:
-    """The extractors of the scores asked for, loaded before anything is drawn."""
+    """The extractors of the scores asked for; nothing is drawn before they are there."""
     given = {"dino": [args.dino] if args.dino else [], "clip": [args.clip] if args.clip else [], "lpips": args.weights}
-    names = {"dino": "dinov2", "clip": "clip", "lpips": "lpips-vgg"}
-    device = pick_device(args.device)
-    return {score: load_extractor(names[score], given[score], args.download, device) for score in args.scores or SCORES}
+    scores, device = args.scores or SCORES, pick_device(args.device)
+    names = {"dino": dino_family(args.dino, args.download) if "dino" in scores else "", "clip": "clip", "lpips": "lpips-vgg"}
+    return {score: load_extractor(names[score], given[score], args.download, device) for score in scores}
 
 
 def score_subject(drawn: Drawn, photos: Tensor, judges: dict[str, Any]) -> dict[str, Any]:
@@ -100,10 +102,15 @@ def score_subject(drawn: Drawn, photos: Tensor, judges: dict[str, Any]) -> dict[
     return result | counts | {"extractors": used, "texts": drawn.texts}
 
 
-def _drawn(args: argparse.Namespace) -> Drawn:
-    path = Path(args.samples)
-    if (path / RUN_FILE).exists():
+def _looked_at(args: argparse.Namespace) -> tuple[Callable[[], Drawn], int]:
+    """What gives the samples, and their side, once everything about the run or folder is known to be usable."""
+    if (Path(args.samples) / RUN_FILE).exists():
         return _from_run(args)
+    read = _from_folder(Path(args.samples))
+    return lambda: read, read.pixels.shape[-1]
+
+
+def _from_folder(path: Path) -> Drawn:
     if not (path / METADATA).exists():
         raise DataError(f"'{path}' is neither a run nor a folder of pictures with a {METADATA} that tells each one's prompt.")
     files = [file for file in list_pictures(path) if file.name != GRID]
@@ -123,7 +130,7 @@ def _drawn(args: argparse.Namespace) -> Drawn:
     return Drawn(pixels, texts, torch.tensor([texts.index(captions[i]) for i in order]), {"drawn_with": None})
 
 
-def _from_run(args: argparse.Namespace) -> Drawn:
+def _from_run(args: argparse.Namespace) -> tuple[Callable[[], Drawn], int]:
     model = load_product(args.samples)
     settings = RunFolder(Path(args.samples)).read()["settings"]
     if not isinstance(model, TextModel):
@@ -133,13 +140,16 @@ def _from_run(args: argparse.Namespace) -> Drawn:
             f"'{args.samples}' was trained without class_prompt, which CLIP-T compares with. Score a folder of its samples."
         )
     templates, n = read_templates(args.prompts), PER_PROMPT if args.n is None else args.n
-    drawn = draw_prompts(model, in_contexts(templates, settings["prompt"]), n, args.steps, args.seed, DRAWN_AT_ONCE, args.device)
-    texts = in_contexts(templates, settings["class_prompt"])
-    steps = args.steps or len(model.student_steps or [])
-    facts = {
-        "drawn_with": {"nfe": steps, "seeds": [args.seed, args.seed + n - 1], "prompts": in_contexts(templates, settings["prompt"])}
-    }
-    return Drawn(drawn.flatten(0, 1), texts, torch.arange(len(texts)).repeat_interleave(n), facts)
+    prompts, texts = (in_contexts(templates, settings[which]) for which in ("prompt", "class_prompt"))
+    check_prompts(model, prompts, n, args.steps, args.seed, DRAWN_AT_ONCE)
+
+    def draw() -> Drawn:
+        drawn = draw_prompts(model, prompts, n, args.steps, args.seed, DRAWN_AT_ONCE, args.device)
+        steps = args.steps or len(model.student_steps or [])
+        facts = {"drawn_with": {"nfe": steps, "seeds": [args.seed, args.seed + n - 1], "prompts": prompts}}
+        return Drawn(drawn.flatten(0, 1), texts, torch.arange(len(texts)).repeat_interleave(n), facts)
+
+    return draw, picture_side(model.folder)
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -232,19 +232,20 @@ def encode_prompts(folder: Path, prompts: list[str]) -> Tensor:
     Raises:
         SettingsError: a prompt has more tokens than a text encoder takes (77, its two ends included).
     """
-    sdxl = is_sdxl(folder)
-    for part in ("tokenizer", "tokenizer_2") if sdxl else ("tokenizer",):
-        _refuse_long(load_tokenizer(folder, part), prompts)
-    return _encode_sdxl(folder, prompts) if sdxl else _encode(folder, prompts)
+    refuse_long(folder, prompts)
+    return _encode_sdxl(folder, prompts) if is_sdxl(folder) else _encode(folder, prompts)
 
 
-def _refuse_long(tokenizer: Any, prompts: list[str]) -> None:
-    most = tokenizer.model_max_length
-    for prompt, ids in zip(prompts, tokenizer(prompts).input_ids, strict=True):
-        if len(ids) > most:
-            raise SettingsError(
-                f"The prompt '{prompt[:60]}...' has {len(ids)} tokens, more than the {most} it may have. Shorten it."
-            )
+def refuse_long(folder: Path, prompts: list[str]) -> None:
+    """Raise SettingsError for a prompt that has more tokens than a text encoder of the folder takes."""
+    for part in ("tokenizer", "tokenizer_2") if is_sdxl(folder) else ("tokenizer",):
+        tokenizer = load_tokenizer(folder, part)
+        most = tokenizer.model_max_length
+        for prompt, ids in zip(prompts, tokenizer(prompts).input_ids, strict=True):
+            if len(ids) > most:
+                raise SettingsError(
+                    f"The prompt '{prompt[:60]}...' has {len(ids)} tokens, more than the {most} it may have. Shorten it."
+                )
 
 
 @torch.no_grad()
