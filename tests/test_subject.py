@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from unidad.backbones.load_text import encode_pictures, load_text_model, load_vae
+from unidad.checkpoint import latest
 from unidad.cli import main
 from unidad.evaluate_subject import Drawn, score_subject
 from unidad.export_text import save_text_student
@@ -181,6 +182,36 @@ def train(run: Path, photos: Path, out: Path, *words: str) -> int:
     quick = [word for setting in sets for word in ("--set", setting)]
     source = ["--source", str(run.parent / "source"), "--target", str(photos), "--out", str(out), "--preset", "sdp"]
     return main(["train", *source, "--device", "cpu", *quick, *words])
+
+
+def test_a_source_is_distilled_under_one_prompt_by_its_teacher_alone(run: Path, photos: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
+    settings = ["--set", "cycles=1", "--set", "fake_updates=1", "--set", "sample_every=0", "--set", "tracker=none"]
+    words = [
+        "--source",
+        str(run.parent / "source"),
+        "--data",
+        str(photos),
+        "--preset",
+        "sdp",
+        "--prompt",
+        "a cat",
+        "--device",
+        "cpu",
+    ]
+    assert main(["distill", *words, *settings, "--out", str(tmp_path / "first")]) == 0
+    told = json.loads((tmp_path / "first" / RUN_FILE).read_text())["settings"]
+    assert [told[key] for key in ("prompt", "class_prompt", "a", "target_teacher", "heads")] == [
+        "a cat",
+        "a cat",
+        0.0,
+        "off",
+        "single",
+    ]
+    names = {key.split(".")[1] for key in latest(tmp_path / "first" / "checkpoints")[1].tensors if key.startswith("network.")}
+    assert names == {"student", "fake_teacher", "heads"}
+    start = ["--prompt", "a prt cat", "--class-prompt", "a cat", "--set", f"student_init={tmp_path / 'first' / 'student'}"]
+    assert train(run, photos, tmp_path / "second", *start) == 0
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,12 @@ def add_distill(commands: Commands) -> None:
         "distill",
         "Distil a source model to few steps on pictures of its own domain, by DMD2: the source teacher alone, a single head.",
         """  unidad distill --data source_pictures --out runs/student
+  unidad distill --data cats --source SD_FOLDER --preset sdp --prompt "a cat" --out runs/student
   unidad train --target my_pictures --out runs/mine --set student_init=runs/student/student""",
         _distill,
     )
     parser.add_argument("--data", dest="target", metavar="FOLDER", help="pictures of the source's own domain")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the pictures show, for a text-to-image source ('a cat')")
     _add_job(parser)
 
 
@@ -132,7 +134,8 @@ def _finetune(args: argparse.Namespace, console: Console) -> int:
 def _distill(args: argparse.Namespace, console: Console) -> int:
     from unidad.presets import DISTILL
 
-    return _job(args, console, "avatars-distill", DISTILL)
+    told = {"prompt": args.prompt, "class_prompt": args.prompt} if args.prompt else {}  # every network is told the same
+    return _job(args, console, "avatars-distill", DISTILL | told)
 
 
 def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping[str, object]) -> int:
