@@ -22,10 +22,10 @@ from unidad.bench import Cycle, compare
 from unidad.methods.unidad import UniDAD
 
 
-def whole_forward_logits(self: UniDAD, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+def whole_forward_logits(self: UniDAD, x_t: Tensor, t: Tensor) -> Tensor:
     """What `UniDAD._logits` gives, from a forward pass through the whole network."""
     assert self.heads is not None
-    _, features = self.fake_teacher.x0_and_features(x_t, t, labels, self.o.features)
+    _, features = self.fake_teacher.x0_and_features(x_t, t, self._labels(len(x_t)), self.o.features)
     return self.heads(features)
 
 

@@ -210,7 +210,9 @@ def test_a_rare_token_in_pieces_is_noted(folder: Path, picture_folder: Path):
 # -- prompts in contexts ----------------------------------------------------------------------------------------------
 
 
-def test_student_samples_are_drawn_in_contexts_and_told_to_every_network(folder: Path, picture_folder: Path, tmp_path: Path):
+def test_student_samples_are_drawn_in_contexts_and_told_to_every_network_but_the_heads(
+    folder: Path, picture_folder: Path, tmp_path: Path
+):
     (tmp_path / "own.txt").write_text("a {} on the dog\n\nthe dog on a {}\n")
     s = settings(folder, prompts=str(tmp_path / "own.txt"), batch_size=4)
     parts = gather_text(s, picture_folder)
@@ -231,12 +233,14 @@ def test_student_samples_are_drawn_in_contexts_and_told_to_every_network(folder:
         by_name["student"].loss(pictures)
         (asked,) = seen["student"]
         assert seen["source_teacher"] == seen["target_teacher"] == [[*asked, 3, 3, 3, 3]]
-        assert seen["fake_teacher"] == [asked, asked], "once for DMD, once for the heads"
+        assert seen["fake_teacher"] == [asked, [0] * 4], "for DMD in context; the heads are told the bare prompt"
         method.restore([t.clone() for t in method.carried()])
         for calls in seen.values():
             calls.clear()
         by_name["fake_teacher"].loss(pictures)
-        assert seen["fake_teacher"] == [asked, [0] * 4], "the student's own batch, then real pictures"
+        assert seen["fake_teacher"] == [asked, [0] * 4, [0] * 4], (
+            "L_fk in context, then samples and photos for the heads, told alike"
+        )
         by_name["target_teacher"].loss(pictures)
         assert seen["target_teacher"] == [[0] * 4]
         drawn += asked
@@ -292,7 +296,7 @@ def test_each_photo_is_learnt_under_its_own_caption(folder: Path, picture_folder
     by_name = {phase.name: phase for phase in method.phases}
     by_name["fake_teacher"].loss(pictures, labels)
     by_name["target_teacher"].loss(pictures, labels)
-    assert seen == {"fake_teacher": [[0, 0, 0], labels.tolist()], "target_teacher": [labels.tolist()]}
+    assert seen == {"fake_teacher": [[0, 0, 0], [0, 0, 0]], "target_teacher": [labels.tolist()]}
 
 
 def test_captions_from_metadata_and_bad_ones(picture_folder: Path, tmp_path: Path):

@@ -52,7 +52,8 @@ class UniDAD(Method):
         origin: the source model's weights, for `transfer`.
         label: class of every picture, for class-conditional networks.
         contexts: each student sample is drawn under one of the labels 0..contexts-1 at random, and that label goes with it to every
-            network; target pictures keep `label`. 1: all under `label`.
+            network; target pictures keep `label`. 1: all under `label`. The heads are told `label` with every picture: with labels of
+            their own, samples and pictures could be told apart without looking.
 
     Raises:
         ValueError: if a teacher with a weight, or the heads, are missing.
@@ -161,10 +162,9 @@ class UniDAD(Method):
         alpha, sigma = self.fake_teacher.schedule.alpha_sigma(t, x.ndim)
         return alpha * x + sigma * eps, alpha, sigma
 
-    def _logits(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _logits(self, x_t: Tensor, t: Tensor) -> Tensor:
         assert self.heads is not None
-        labels = self._labels(len(x_t)) if labels is None else labels
-        return self.heads(self.fake_teacher.features(x_t, t, labels, self.o.features))
+        return self.heads(self.fake_teacher.features(x_t, t, self._labels(len(x_t)), self.o.features))
 
     def _disguised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Clean pictures as the heads see them: augmented and noised to random t; with t."""
@@ -172,9 +172,9 @@ class UniDAD(Method):
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
         return self._noised(x, t)[0], t
 
-    def _judge(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _judge(self, x: Tensor) -> Tensor:
         """Logits of clean pictures, [B, heads]."""
-        return self._logits(*self._disguised(x), labels)
+        return self._logits(*self._disguised(x))
 
     # -- the student: L_DMD + lambda_G L_G,GAN (METHOD §4, §5) --------------------------------------------------------
 
@@ -192,7 +192,7 @@ class UniDAD(Method):
             losses["dmd_gradient"] = gradient.abs().mean().detach()
             total = total + self.o.dmd_weight * losses["dmd"]
         if self.o.gan_weight > 0:
-            losses["gan"] = gan_generator_loss(self._judge(x, context), self.o.gan_loss, self.o.gan_aggregation)
+            losses["gan"] = gan_generator_loss(self._judge(x), self.o.gan_loss, self.o.gan_aggregation)
             total = total + self.o.gan_weight * losses["gan"]
         if self.o.anchor_weight > 0:
             losses["anchor"] = self.anchor(pictures, labels, masks)
@@ -264,11 +264,11 @@ class UniDAD(Method):
 
     # -- the fake teacher and the heads: L_fk + lambda_D L_D (METHOD §5, §6) ------------------------------------------
 
-    def fake_teacher_loss(self, pictures: Tensor, captions: Tensor | None = None, _masks: Tensor | None = None) -> Losses:
+    def fake_teacher_loss(self, pictures: Tensor, _labels: Tensor | None = None, _masks: Tensor | None = None) -> Losses:
         """On student samples without a graph into the student: fresh ones, or the student's own batch for the first.
 
-        `captions` are the labels of the pictures, where these have their own. Masks are not used: samples have none, and heads that saw
-        masked photos beside whole samples would tell them apart by the masks.
+        The pictures' own labels and masks are not used: samples have none, and heads that saw masked photos beside whole samples would
+        tell them apart by the masks, as they would by the labels.
         """
         x, context = self._samples_for_fake_teacher()
         t = self.fake_teacher.schedule.uniform(len(x), self.generator)
@@ -278,14 +278,14 @@ class UniDAD(Method):
             xhat = self.fake_teacher.x0(x_t, t, labels)
             fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
             return {"fake": fake, "total": fake}
-        if self.o.shared_forward and not self._augmentation.kinds:
+        if self.o.shared_forward and not self._augmentation.kinds and context is None:
             xhat, features = self.fake_teacher.x0_and_features(x_t, t, labels, self.o.features)
             assert self.heads is not None
-            fake_logits, real_logits = self.heads(features), self._judge(pictures, captions)
+            fake_logits, real_logits = self.heads(features), self._judge(pictures)
         else:
             xhat = self.fake_teacher.x0(x_t, t, labels)
             shown = self._disguised(x) if self._augmentation.kinds else (x_t, t)
-            fake_logits, real_logits = self._judge_both(shown, labels, self._disguised(pictures), captions)
+            fake_logits, real_logits = self._judge_both(shown, self._disguised(pictures))
         fake = denoising_loss(x, xhat, alpha, sigma, self.o.denoising)
         disc, accuracy = self._discriminator_loss(pictures, x, fake_logits, real_logits)
         told: Losses = {"fake": fake, "disc": disc, "disc_accuracy": accuracy}
@@ -295,16 +295,12 @@ class UniDAD(Method):
             told["augment_p"] = self._augmentation.adapt(*sum_over_processes(torch.stack([surely_real, seen])))
         return told | {"total": fake + self.o.disc_weight * disc}
 
-    def _judge_both(
-        self, fake: tuple[Tensor, Tensor], labels: Tensor | None, real: tuple[Tensor, Tensor], captions: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of noised pictures (x_t, t) under their labels."""
+    def _judge_both(self, fake: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of noised pictures (x_t, t)."""
         if not self.o.joint_batch:
-            return self._logits(*fake, labels), self._logits(*real, captions)
+            return self._logits(*fake), self._logits(*real)
         x_t, t = (torch.cat(pair) for pair in zip(fake, real, strict=True))
-        captions = self._labels(len(real[0])) if captions is None else captions
-        both = None if labels is None or captions is None else torch.cat([labels, captions])
-        fake_logits, real_logits = self._logits(x_t, t, both).split([len(fake[0]), len(real[0])])
+        fake_logits, real_logits = self._logits(x_t, t).split([len(fake[0]), len(real[0])])
         return fake_logits, real_logits
 
     @torch.no_grad()
