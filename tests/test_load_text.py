@@ -7,6 +7,7 @@ import pytest
 import sd
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from unidad.backbones import load_text
 from unidad.backbones.load import load_model
@@ -90,3 +91,29 @@ def test_a_prompt_that_is_too_long_is_refused(folder: Path):
 def test_a_rare_token_in_pieces_is_shown(folder: Path):
     assert load_text.split_tokens(folder, "a prt cat", "a cat") == {}
     assert load_text.split_tokens(folder, "a sks cat", "a cat") == {"sks": ["s", "k", "s"]}
+    assert load_text.split_tokens(folder, "a cat, prt, on the dog.", "a cat on the dog") == {}, "a comma is no piece of a word"
+
+
+def test_weights_under_the_names_of_published_files(folder: Path, tmp_path: Path):
+    """SD 1.5's files are older than today's classes: a `text_model.` prefix, stored position ids, the VAE's attention by other names."""
+    copy = edited(folder, tmp_path / "m", "model_index.json")
+    for file in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        (copy / file).unlink()
+    text = {
+        f"text_model.{key.removeprefix('text_model.')}": v
+        for key, v in load_file(folder / "text_encoder/model.safetensors").items()
+    }
+    text["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(text, copy / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    vae = {}
+    for key, value in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items():
+        for ours, theirs in older.items():
+            key = key.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
+        vae[key] = value
+    assert any("proj_attn" in key for key in vae)
+    save_file(vae, copy / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_text.encode_prompts(copy, ["a cat"]), load_text.encode_prompts(folder, ["a cat"]))
+    for key, value in load_text.load_vae(folder).state_dict().items():
+        assert torch.equal(load_text.load_vae(copy).state_dict()[key], value)
+    assert load_text.load_text_model(copy).digest == load_text.load_text_model(folder).digest

@@ -272,7 +272,8 @@ def _encode_sdxl(folder: Path, prompts: list[str]) -> Tensor:
 
 def split_tokens(folder: Path, prompt: str, class_prompt: str) -> dict[str, list[str]]:
     """Words of the prompt that the class prompt has not and that the tokenizer knows only in pieces, with these."""
-    tokenizer = load_tokenizer(folder)
-    rare = [word for word in prompt.split() if word not in class_prompt.split()]
+    tokenizer, ends = load_tokenizer(folder), ",.;:!?\"'()"
+    ours, general = ([word.strip(ends) for word in text.split()] for text in (prompt, class_prompt))
+    rare = [word for word in ours if word and word not in general]
     pieces = {word: [piece.removesuffix("</w>") for piece in tokenizer.tokenize(word)] for word in rare}
     return {word: some for word, some in pieces.items() if len(some) > 1}
