@@ -167,10 +167,59 @@ def test_a_file_as_source_names_the_command(files: dict[str, Path], tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_with_a_config_becomes_a_folder_beside_it_once(
+    files: dict[str, Path], folders: dict[str, Path], tmp_path: Path, capsys
+):
+    dream = tmp_path / "dream.safetensors"
+    dream.write_bytes(files["sd1"].read_bytes())
+    config = bare(folders["sd1"], tmp_path / "config")
+    words = [
+        "train",
+        "--source",
+        str(dream),
+        "--preset",
+        "sdp",
+        "--prompt",
+        "a prt cat",
+        "--class-prompt",
+        "a cat",
+        "--list-settings",
+    ]
+    assert main([*words, "--source-config", str(config)]) == 0
+    assert f"source: {tmp_path / 'dream'}\n" in capsys.readouterr().out
+    before = (tmp_path / "dream" / WEIGHTS[0]).stat().st_mtime_ns
+    assert load_text_model(tmp_path / "dream").student_steps is None
+    assert main([*words, "--source-config", str(config)]) == 0
+    assert (tmp_path / "dream" / WEIGHTS[0]).stat().st_mtime_ns == before, "it was there already"
+    capsys.readouterr()
+    scheduler = config / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("epsilon", "v_prediction"))
+    assert main([*words, "--source-config", str(config)]) == 2
+    assert "Move it away" in capsys.readouterr().err
+    words[2] = str(folders["sd1"])
+    assert main([*words, "--source-config", str(config)]) == 2
+    assert "Leave it out" in capsys.readouterr().err
+
+
+def test_of_a_config_on_the_hub_only_small_files_are_fetched(files: dict[str, Path], tmp_path: Path, monkeypatch):
+    asked: list[str] = []
+
+    def snapshot_download(_name: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match="could not be fetched"):
+        from_single_file(files["sd1"], "someone/sd", tmp_path / "out")
+    assert {"unet/*.json", "tokenizer/*.txt", "scheduler/*.json", "text_encoder_2/*.json"} <= set(asked)
+    assert not [pattern for pattern in asked if "safetensors" in pattern]
+
+
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({FIRST: (320, 4, 3, 3), "conditioner.embedders.1.model.positional_embedding": (77, 1280)}, "an SDXL checkpoint"),
+        ({FIRST: (320, 4, 3, 3), "conditioner.embedders.1.model.positional_embedding": (77, 1280)}, "a UNet of SDXL"),
+        ({"add_embedding.linear_1.weight": (4, 4)}, "an SDXL UNet alone, in diffusers' layout"),
         ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4, 4)}, "an SD3 checkpoint"),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "a Flux checkpoint"),
         ({"single_transformer_blocks.0.x": (1,), "transformer_blocks.0.norm1_context.linear.weight": (4, 4)}, "a Flux checkpoint"),

@@ -344,5 +344,5 @@ def export_single_file(name: str, out: Path, half: bool = False) -> Path:
 def _refuse_pixels(name: str, folder: Path) -> None:
     if not is_text_to_image(folder):
         raise SettingsError(
-            f"'{name}' draws pixels; only Stable Diffusion 1.x and 2.x have a layout in one file. Leave out --single-file."
+            f"'{name}' draws pixels; only Stable Diffusion (1.x, 2.x, XL) has a layout in one file. Leave out --single-file."
         )

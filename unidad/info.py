@@ -14,7 +14,7 @@ import torch
 
 from unidad.backbones.load import BUNDLED, bundled_names, bundled_path, load_model
 from unidad.backbones.load_text import TextModel, open_model
-from unidad.backbones.single_file import STABLE_DIFFUSION, family, read_shapes
+from unidad.backbones.single_file import CONVERTED, family, read_shapes
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, open_picture
 from unidad.device import pick_device, use_bf16
@@ -59,7 +59,7 @@ def describe_path(name: str) -> str:
 def _weights_file(path: Path) -> str:
     shapes = read_shapes(path)
     kind, numbers = family(shapes), sum(prod(shape) for shape in shapes.values())
-    hint = f"\n  use it       unidad convert single-file {path} --config FOLDER --out DIR" if kind == STABLE_DIFFUSION else ""
+    hint = f"\n  use it       unidad convert single-file {path} --config FOLDER --out DIR" if kind in CONVERTED else ""
     return f"{path}: looks like {kind}\n  size         {numbers / 1e6:.1f} million numbers in {len(shapes)} tensors{hint}"
 
 

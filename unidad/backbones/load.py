@@ -146,8 +146,8 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def find_folder(name: str) -> Path:
-    """Folder of a model: bundled, on disk (a run's product, where it is a run), or fetched from the hub.
+def find_folder(name: str, weights: bool = True) -> Path:
+    """Folder of a model: bundled, on disk (a run's product, where it is a run), or fetched from the hub, on demand without its weights.
 
     Raises:
         ModelError: if there is none.
@@ -165,8 +165,9 @@ def find_folder(name: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    patterns = [pattern for pattern in HUB_FILES if weights or not pattern.endswith(".safetensors")]
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's errors have no common base short of this
         raise ModelError(
             f"There is no folder '{name}', and it could not be fetched from the hub: {type(error).__name__}."

@@ -10,8 +10,11 @@ from typing import NoReturn
 from unidad.errors import ModelError
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+TEXTS_XL = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+REFINER = "conditioner.embedders.0.model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
-STABLE_DIFFUSION = "a Stable Diffusion 1.x or 2.x checkpoint"
+STABLE_DIFFUSION, STABLE_DIFFUSION_XL = "a Stable Diffusion 1.x or 2.x checkpoint", "an SDXL checkpoint"
+CONVERTED = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 MOST_HEADER = 100_000_000  # bytes, as the format's own readers have it
 Shapes = dict[str, tuple[int, ...]]
 
@@ -20,10 +23,10 @@ SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up."), "a LoRA"),
     (("double_blocks.", "single_transformer_blocks."), "a Flux checkpoint"),
     (("joint_blocks.", "transformer_blocks.0.norm1_context"), "an SD3 checkpoint"),
-    (("conditioner.embedders.", f"{UNET}label_emb.", "add_embedding.linear_1"), "an SDXL checkpoint"),
     (("control_model.", "input_hint_block.", "controlnet_cond_embedding."), "a ControlNet"),
 )
 ALONE: tuple[tuple[str, str], ...] = (
+    ("add_embedding.linear_1.weight", "an SDXL UNet alone, in diffusers' layout"),
     ("decoder.conv_in.weight", "a VAE alone"),
     ("down_blocks.0.resnets.0.conv1.weight", "a UNet alone, in diffusers' layout"),
     ("text_model.embeddings.token_embedding.weight", "a text encoder alone"),
@@ -61,7 +64,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def family(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What a file of these names and shapes looks like, as words; `STABLE_DIFFUSION` where it can be one."""
+    """What a file of these names and shapes looks like, as words; one of `CONVERTED` where it can be that."""
     for signs, kind in SIGNS:
         if any(sign in name for name in shapes for sign in signs):
             return kind
@@ -71,23 +74,32 @@ def family(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _stable_diffusion(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    def has(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in shapes)
+
     channels = shapes[FIRST][1] if len(shapes[FIRST]) == 4 else 0
+    xl = has("conditioner.", f"{UNET}label_emb.")
+    name = "SDXL" if xl else "Stable Diffusion"
     if channels == 9:
-        return "an inpainting checkpoint of Stable Diffusion"
+        return f"an inpainting checkpoint of {name}"
     if channels != 4:
-        return f"a Stable Diffusion checkpoint whose UNet takes {channels} channels (4 are needed)"
-    for prefix, part in ((VAE, "VAE"), (TEXT, "text encoder")):
-        if not any(name.startswith(prefix) for name in shapes):
-            return f"a Stable Diffusion UNet without its {part}"
-    return STABLE_DIFFUSION
+        return f"a checkpoint of {name} whose UNet takes {channels} channels (4 are needed)"
+    if xl and has(REFINER):
+        return "an SDXL refiner (the base model is needed)"
+    texts = zip(TEXTS_XL, ("first text encoder", "second text encoder"), strict=True) if xl else [(TEXT, "text encoder")]
+    for prefix, part in ((VAE, "VAE"), *texts):
+        if not has(prefix):
+            return f"a UNet of {name} without its {part}"
+    return STABLE_DIFFUSION_XL if xl else STABLE_DIFFUSION
 
 
 def refuse_as_source(path: Path) -> NoReturn:
     """Raise the ModelError that says what a file given as a model is, and what to do with it."""
     kind = family(read_shapes(path))
-    if kind == STABLE_DIFFUSION:
+    if kind in CONVERTED:
         raise ModelError(
             f"'{path}' looks like {kind} in one file; a source is a folder. Make one: unidad convert single-file {path} --config FOLDER "
-            "--out DIR, FOLDER being any diffusers folder of the same family, of which only the small files are used."
+            "--out DIR, FOLDER being any diffusers folder of the same family, of which only the small files are used; or add "
+            "--source-config FOLDER to `unidad train`."
         )
     raise ModelError(f"'{path}' is a file that looks like {kind}; a model is a folder saved by diffusers.")

@@ -20,7 +20,7 @@ def _add_from(kinds: Commands) -> None:
     parser = command(
         kinds,
         "single-file",
-        "A Stable Diffusion 1.x or 2.x checkpoint in one .safetensors file becomes a diffusers folder, to be used as --source.",
+        "A Stable Diffusion 1.x, 2.x or XL checkpoint in one .safetensors file becomes a diffusers folder, to be used as --source.",
         "  unidad convert single-file dream.safetensors --config SD_FOLDER --out models/dream",
         _from,
     )
@@ -40,7 +40,7 @@ def _add_to(kinds: Commands) -> None:
     parser = command(
         kinds,
         "to-single-file",
-        "A Stable Diffusion 1.x or 2.x folder or run becomes one .safetensors file in the original layout (UNet, VAE, text encoder).",
+        "A Stable Diffusion 1.x, 2.x or XL folder or run becomes one .safetensors file in the original layout (UNet, VAE, text encoders).",
         "  unidad convert to-single-file runs/cat --out cat.safetensors --half",
         _to,
     )
@@ -53,7 +53,7 @@ def _add_lora(kinds: Commands) -> None:
     parser = command(
         kinds,
         "lora",
-        "A LoRA of a Stable Diffusion 1.x or 2.x UNet changes the names of its weights: diffusers' or kohya's, which ComfyUI reads too.",
+        "A LoRA of Stable Diffusion 1.x, 2.x or XL changes the names of its weights: diffusers' or kohya's, which ComfyUI reads too.",
         """  unidad convert lora runs/cat --out cat.safetensors --format kohya
   unidad convert lora cat.safetensors --out diffusers/pytorch_lora_weights.safetensors --format diffusers""",
         _lora,
@@ -89,5 +89,5 @@ def _lora(args: argparse.Namespace, _console: Console) -> int:
 
     facts = convert_lora(args.file, args.out, args.format)
     folded = f", alpha folded into {facts['folded']} of them" if facts["folded"] else ""
-    print(f"{args.out}: {facts['layers']} layers of rank {facts['rank']} by {args.format}'s names{folded}")
+    print(f"{args.out}: {facts['layers']} layers of rank {facts['rank']} by the names of {args.format}{folded}")
     return 0

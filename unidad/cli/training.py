@@ -52,6 +52,12 @@ settings: see `unidad train --list-settings`""",
 def _add_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="RUN", help="folder to make: the product, report.html, grid.png, checkpoints/, samples/")
     parser.add_argument("--source", metavar="MODEL", help="bundled:avatars, a diffusers folder, or a hub id (bundled:avatars)")
+    parser.add_argument(
+        "--source-config",
+        metavar="FOLDER",
+        help="with a single Stable Diffusion .safetensors file as --source: a diffusers folder of its family or a hub id, of which only "
+        "the small files are used; the file becomes a folder of the same name beside it, once",
+    )
     parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, 1 to 4 (3)")
     parser.add_argument("--preset", metavar="NAME", help="named settings, below (avatars for the bundled source)")
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
@@ -145,6 +151,8 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
     chosen = read_config(args.config) if args.config else {}
     overrides = flags(args, ("source", "steps", "device", "seed")) | parse_overrides(args.set)
     source = overrides.get("source", chosen.get("source", "bundled:avatars"))
+    if args.source_config:
+        overrides["source"] = source = _unpacked(str(source), args.source_config)
     preset = args.preset or (preset if source == "bundled:avatars" else "")
     if preset and preset not in PRESETS:
         raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
@@ -160,6 +168,20 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
     from unidad.adapt import train
 
     return _stoppable(lambda: train(args.target, args.out, settings, args.resume, console).path / "report.html", args.out)
+
+
+def _unpacked(source: str, config: str) -> str:
+    from unidad.convert.single_file import unpacked
+
+    if Path(source).is_dir():
+        raise SettingsError(f"--source-config goes with a .safetensors file, and --source '{source}' is a folder. Leave it out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError(
+            f"In several processes give a folder as --source: unidad convert single-file {source} --config {config} --out DIR"
+        )
+    folder = unpacked(source, config)
+    tell(f"'{source}' is used as the folder '{folder}'.")
+    return str(folder)
 
 
 def _plan(settings: TrainSettings) -> int:

@@ -134,7 +134,7 @@ def add_export(commands: Commands) -> None:
     parser.add_argument(
         "--single-file",
         action="store_true",
-        help="--out is one .safetensors file in the original layout of Stable Diffusion 1.x and 2.x (UNet, VAE, text encoder)",
+        help="--out is one .safetensors file in the original layout of Stable Diffusion 1.x, 2.x or XL (UNet, VAE, text encoders)",
     )
 
 

@@ -1,27 +1,29 @@
-"""Where each weight of Stable Diffusion 1.x and 2.x in diffusers' layout goes in the original one (LDM, arXiv 2112.10752; OpenCLIP).
+"""Where each weight of Stable Diffusion 1.x, 2.x and XL in diffusers' layout goes in the original one (LDM, arXiv 2112.10752; OpenCLIP).
 
 Tensors in, tensors out; files are `single_file.py`'s. The original counts a U-Net's blocks through (`input_blocks.7.1`) where diffusers
 counts levels and layers (`down_blocks.2.attentions.0`), counts a VAE decoder's levels from full resolution, writes the VAE's attention as
-1x1 convolutions, and has q, k and v of an OpenCLIP text encoder in one matrix.
+1x1 convolutions, and has q, k and v of an OpenCLIP text encoder in one matrix and its projection the other way round.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from unidad.backbones.single_file import TEXT, UNET, VAE
+from unidad.backbones.single_file import TEXT, TEXTS_XL, UNET, VAE
 from unidad.convert.layout import RESIDUAL
 from unidad.errors import ModelError
 
 CLIP, OPEN_CLIP = f"{TEXT}transformer.text_model.", f"{TEXT}model."
 _INNER = {ours: theirs for theirs, ours in RESIDUAL.items()}
-_UNET_ENDS = {
+UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -64,19 +66,54 @@ def to_ldm(unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[
     return {UNET + name: value for name, value in _unet(unet).items()} | _vae(vae) | told
 
 
+def to_ldm_xl(
+    unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[str, Tensor], text_2: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`to_ldm` for SDXL: `text` is a `CLIPTextModel`'s, `text_2` a `CLIPTextModelWithProjection`'s, written as OpenCLIP's.
+
+    Raises:
+        ModelError: a part that SDXL has not; names it.
+    """
+    first, second = ({name.removeprefix("text_model."): value for name, value in part.items()} for part in (text, text_2))
+    projection = second.pop("text_projection.weight", None)
+    if projection is None:
+        raise ModelError("the second text encoder has no text_projection.")
+    told = {f"{TEXTS_XL[0]}text_model.{name}": value for name, value in first.items()}
+    told |= {TEXTS_XL[1] + name: value for name, value in _open_clip(second).items()}
+    told[f"{TEXTS_XL[1]}text_projection"] = projection.T
+    return {UNET + name: value for name, value in _unet(unet).items()} | _vae(vae) | told
+
+
 def _unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    layers = 1 + max(int(name.split(".")[3]) for name in weights if name.startswith("down_blocks.0.resnets."))
-    attended = {name.split(".")[1] for name in weights if re.match(r"up_blocks\.\d+\.attentions\.", name)}
-    return {_unet_name(name, layers, attended): value for name, value in weights.items()}
+    layers, attended = block_structure(weights)
+    return {unet_name(name, layers, attended): value for name, value in weights.items()}
 
 
-def _unet_name(name: str, layers: int, attended: set[str]) -> str:
-    for ours, theirs in _UNET_ENDS.items():
+def block_structure(names: Iterable[str]) -> tuple[int, set[str]]:
+    """Layers of a down block and the up blocks with attention, as the names of diffusers' UNet (or of layers in it) tell.
+
+    Raises:
+        ValueError: no name is of a layer in a down block.
+    """
+    names = list(names)
+    layers = 1 + max(
+        int(found[1]) for name in names if (found := re.match(r"down_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.", name))
+    )
+    return layers, {name.split(".")[1] for name in names if re.match(r"up_blocks\.\d+\.attentions\.", name)}
+
+
+def unet_name(name: str, layers: int, attended: set[str]) -> str:
+    """The original name of a weight of diffusers' UNet with that `block_structure`.
+
+    Raises:
+        ModelError: it has none.
+    """
+    for ours, theirs in UNET_ENDS.items():
         if name.startswith(f"{ours}."):
             return f"{theirs}.{_residual(name.removeprefix(f'{ours}.'), ours)}"
     found = _BLOCK.fullmatch(name)
     if not found:
-        raise ModelError(f"the UNet's '{name}' has no place in the original layout of SD 1.x and 2.x.")
+        raise ModelError(f"the UNet's '{name}' has no place in the original layout of SD 1.x, 2.x and XL.")
     way, level, kind, layer, rest = found.groups()
     if way == "down":
         first = 1 + int(level) * (layers + 1)
