@@ -132,15 +132,16 @@ def test_an_alpha_other_than_the_rank_is_folded_and_draws_the_same(pipeline: Pat
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "the text encoder's part"),
-        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "SDXL's have other names"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc7.lora_down.weight", "is no layer of SD 1.x, 2.x or XL"),
+        ("lora_unet_input_blocks_4_1_what.lora_down.weight", "is no layer of SD 1.x, 2.x or XL"),
+        ("lora_prior_unet_x.lora_down.weight", "not known here"),
         ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "not known here"),
         ("lora_unet_mid_block_attentions_7_proj_in.lora_down.weight", "has no lora_up"),
     ],
 )
 def test_what_cannot_be_placed_is_named(name: str, words: str, kohya: Path, tmp_path: Path):
     weights = load_file(kohya) | {name: torch.zeros(4, 4)}
-    if "input_blocks" in name:
+    if "is no layer" in words:
         weights[name.replace("lora_down", "lora_up")] = torch.zeros(4, 4)
     save_file(weights, tmp_path / "odd.safetensors")
     with pytest.raises(ModelError, match=words) as caught:
