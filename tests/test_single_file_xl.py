@@ -70,7 +70,7 @@ def test_diffusers_alone_reads_the_file(folder: Path, file: Path):
 
 
 def test_names_and_shapes_of_the_true_sdxl():
-    """Counts and places as the published base checkpoint has them: 2515 tensors with position_ids and the logit scale, which folders lack."""
+    """Counts and places of the base model; its published file has position ids and the logit scale besides, which folders lack."""
     unet = text_unet(TEXT_UNETS["sdxl"]).unet
     with torch.device("meta"):
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
