@@ -114,7 +114,7 @@ class Seat:
         self.is_main_process = rank == 0
 
     def reduce(self, x: torch.Tensor, reduction: str) -> torch.Tensor:
-        total = torch.stack(self.table.meet(self.process_index, x)).sum(dim=0)
+        total = torch.stack(self.table.meet(self.process_index, x)).sum(dim=0, dtype=x.dtype)
         return total / self.num_processes if reduction == "mean" else total
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:

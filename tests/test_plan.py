@@ -113,6 +113,38 @@ def test_what_just_fits_is_not_refused(sources):
         planning.refuse_too_large(found, settings(sources, "tiny"), 66)
 
 
+def test_networks_shared_out_over_processes(sources):
+    """Each holds a quarter of all networks but the heads, of their moments and of the average, and two networks whole as passes go on."""
+    whole, each = (planning.plan(settings(sources, "adm", shard=True), n) for n in (1, 4))
+    network, heads = whole.weights["student"], whole.weights["heads"]
+    assert {n for name, n in each.weights.items() if name.endswith(("student", "teacher"))} == {-(-network // 4)}
+    assert each.weights["heads"] == heads
+    assert each.weights["put together"] == 2 * network
+    assert each.optimizer == pytest.approx((whole.optimizer - 2 * heads) / 4 + 2 * heads, abs=12)
+    assert each.average == -(-whole.average // 4)
+    assert (each.gradients, each.activations) == (whole.gradients, whole.activations)
+    assert "put together" not in whole.weights
+
+
+def test_the_plan_says_for_how_many_processes_it_is(sources, capsys):
+    words = [
+        "train",
+        "--source",
+        str(sources / "tiny"),
+        "--plan",
+        "--device",
+        "cpu",
+        "--set",
+        "shard=true",
+        "--set",
+        "batch_size=2",
+    ]
+    assert main([*words, "--set", "fake_updates=1", "--set", "steps=1"]) == 0
+    said = capsys.readouterr().out
+    assert "in each of 2 processes" in said
+    assert "weights, put together" in said
+
+
 def test_counted_flops_are_those_of_bench(sources):
     """A source-only run without the GAN: the student's rollout with its backward pass, and two predictions, of two pictures."""
     s = settings(sources, "tiny", steps=1, a=0.0, target_teacher="off", gan_weight=0.0, disc_weight=0.0, fake_updates=1)

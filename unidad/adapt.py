@@ -18,7 +18,7 @@ from unidad.backbones.base import Backbone
 from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
 from unidad.device import make_accelerator, start_trackers, use_bf16
-from unidad.distributed import Ranks, naming_the_lost
+from unidad.distributed import connected, naming_the_lost
 from unidad.export import made
 from unidad.heads import build_heads
 from unidad.ingredients import Ingredients, gather, tuned
@@ -109,15 +109,14 @@ def train(
     settings = settings or TrainSettings()
     parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
     device = checked_device(settings)
-    accelerator = make_accelerator(settings, RunFolder(Path(out)), several=True)
+    accelerator = make_accelerator(settings, RunFolder(Path(out)))
     device = accelerator.device if accelerator.num_processes > 1 else device
     say = console.print if console is not None else _silent
     for note in parts.pictures.notes:
         say(f"Note: {note}")
     facts = describe(settings, parts, target, device) | {"processes": accelerator.num_processes}
     refuse_other_inputs(facts["hashes"], expected)
-    ranks = Ranks(accelerator)
-    with open_run(out, facts, resume) if ranks.first else nullcontext(RunFolder(Path(out))) as run:
+    with connected(accelerator) as ranks, open_run(out, facts, resume) if ranks.first else nullcontext(RunFolder(Path(out))) as run:
         ranks.wait()  # the first one has made the folder, or was refused
         start_trackers(accelerator)
         torch.manual_seed(settings.seed)
@@ -132,12 +131,10 @@ def train(
             say(f"Going on from cycle {trainer.place.cycle} of {settings.cycles}.")
         else:
             log.rewind(0)
-        try:
-            with naming_the_lost(only="gloo") if shard else nullcontext():
-                trainer.fit(until)
-                product = whole_copy(trainer.product, parts.networks(device)("student")) if shard else trainer.product
-        finally:
-            accelerator.end_training()  # and the processes' connection
+        with naming_the_lost(only="gloo") if shard else nullcontext():
+            trainer.fit(until)
+            product = whole_copy(trainer.product, parts.networks(device)("student")) if shard else trainer.product
+        ranks.end()  # the others need not wait for what the first one writes
         if ranks.first:
             finish(run, product, parts, settings, target)
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,7 +34,7 @@ from unidad.config import TrainSettings, build_settings
 from unidad.convert.single_file import to_single_file
 from unidad.data import list_pictures, load_files, load_folder, open_picture
 from unidad.device import pick_device
-from unidad.distributed import Ranks
+from unidad.distributed import Ranks, connected
 from unidad.errors import CheckpointError, DataError, SettingsError
 from unidad.export import made, save_source, save_student
 from unidad.export_text import save_text_student
@@ -46,6 +45,7 @@ from unidad.sheets import labelled_grid
 from unidad.signals import Stopped, passing_on
 
 DEFAULT_DDIM_STEPS = 50
+DRAWN_AT_ONCE = 50  # pictures to be scored
 
 
 def load_product(name: str | Path) -> Model:
@@ -189,27 +189,33 @@ def sample_to_folder(
         Stopped: by SIGINT, SIGTERM or SIGHUP while pictures were drawn; those that are there are whole.
     """
     model = load_product(name)
-    ranks = Ranks(Accelerator(cpu=pick_device(device).type == "cpu"))
-    if isinstance(model, TextModel):
-        if resume or ranks.count > 1:
-            raise SettingsError("Text-to-image students are drawn from in one process, without --resume, into a new --out.")
-        refuse_full_folder(Path(out))
-        prompts = prompts or [model.prompt]
-        return _save_prompts(draw_prompts(model, prompts, n, steps, seed, batch_size, device), prompts, seed, new_folder(out))
-    if prompts:
-        raise SettingsError(f"'{model.name}' is no text-to-image model: leave out --prompt.")
-    _check_numbers(n, steps, seed, batch_size)
-    made_with = {"model": weights_digest(model.backbone), "steps": steps, "seed": seed, "label": label, "batch_size": batch_size}
-    _check_drawing(model, steps, label)
-    if ranks.first:
-        open_samples(out, made_with, resume)
-    ranks.wait()
-    folder = Path(out)
-    draw_some = partial(_draw_some, model, steps, batch_size, device, label)
-    with passing_on(_stop_drawing):
-        fill(folder, n, seed, batch_size, draw_some, ranks.rank, ranks.count)
+    with connected(Accelerator(cpu=pick_device(device).type == "cpu")) as ranks:
+        if isinstance(model, TextModel):
+            if resume or ranks.count > 1:
+                raise SettingsError("Text-to-image students are drawn from in one process, without --resume, into a new --out.")
+            refuse_full_folder(Path(out))
+            prompts = prompts or [model.prompt]
+            return _save_prompts(draw_prompts(model, prompts, n, steps, seed, batch_size, device), prompts, seed, new_folder(out))
+        if prompts:
+            raise SettingsError(f"'{model.name}' is no text-to-image model: leave out --prompt.")
+        _check_numbers(n, steps, seed, batch_size)
+        made_with = {
+            "model": weights_digest(model.backbone),
+            "steps": steps,
+            "seed": seed,
+            "label": label,
+            "batch_size": batch_size,
+        }
+        _check_drawing(model, steps, label)
+        if ranks.first:
+            open_samples(out, made_with, resume)
         ranks.wait()
-        return grid_of(folder, n, seed) if ranks.first else None
+        folder = Path(out)
+        draw_some = partial(_draw_some, model, steps, batch_size, device, label)
+        with passing_on(_stop_drawing):
+            fill(folder, n, seed, batch_size, draw_some, ranks.rank, ranks.count)
+            ranks.wait()
+            return grid_of(folder, n, seed) if ranks.first else None
 
 
 def _stop_drawing(signum: int) -> None:
@@ -230,27 +236,35 @@ def _save_prompts(pixels: Tensor, prompts: Sequence[str], seed: int, folder: Pat
     return folder / GRID
 
 
-def evaluate_command(args: argparse.Namespace) -> str:
+def evaluate_command(args: argparse.Namespace) -> str | None:
     """`unidad evaluate`: returns the table; writes --json and --panel.
+
+    Several processes, as `torchrun` starts them, share the drawing and the features out; None in all but the first.
 
     Raises:
         UserError: as loading and drawing do.
     """
     from unidad.metrics.evaluate import evaluate, nearest_panel, score_names, table
     from unidad.metrics.extractors import load_extractor
+    from unidad.metrics.lpips import Lpips
     from unidad.metrics.reference import load_statistics
+    from unidad.metrics.shared import share_features
     from unidad.metrics.weights import cache_folder
 
     _check_evaluate(args)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingsError("`unidad evaluate` runs in one process. Let `unidad sample` draw in several, then evaluate its folder.")
-    statistics = load_statistics(args.reference) if args.reference.endswith(".npz") else None
-    extractor = load_extractor(args.extractor, args.weights, args.download, pick_device(args.device))
-    samples, facts = _samples(args)
-    size = samples.shape[-1]
-    reference = statistics or load_folder(bundled_path(args.reference, "targets"), size).pixels
-    train = load_folder(bundled_path(args.train, "targets"), size).pixels if args.train else None
-    cache = None if args.no_cache else cache_folder() / "features"
+    with connected(Accelerator(cpu=pick_device(args.device).type == "cpu")) as ranks:
+        statistics = load_statistics(args.reference) if args.reference.endswith(".npz") else None
+        extractor = load_extractor(args.extractor, args.weights, args.download, pick_device(args.device))
+        samples, facts = _samples(args, ranks)
+        size = samples.shape[-1]
+        reference = statistics or load_folder(bundled_path(args.reference, "targets"), size).pixels
+        train = load_folder(bundled_path(args.train, "targets"), size).pixels if args.train else None
+        cache = None if args.no_cache else cache_folder() / "features"
+        if not isinstance(extractor, Lpips):  # which compares pairs, in the first process
+            sets = ((samples, None), (reference, cache), (train, cache))
+            extractor = share_features(extractor, [(x, place) for x, place in sets if isinstance(x, Tensor)], ranks)
+    if not ranks.first:
+        return None
     seed = args.seed if facts["drawn_with"] else None
     scores = evaluate(samples, reference, train, extractor, mode=args.mode, seed=seed, cache_dir=cache) | facts
     if args.json:
@@ -275,7 +289,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
             raise SettingsError(f"{flag}: there is no folder '{Path(file).parent}'. Make it first or give another file.")
 
 
-def _samples(args: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:
+def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, object]]:
     path = Path(args.samples)
     is_model = args.samples.startswith("bundled:") or (path / RUN_FILE).exists() or (path / "model_index.json").exists()
     if not is_model:
@@ -285,9 +299,21 @@ def _samples(args: argparse.Namespace) -> tuple[Tensor, dict[str, object]]:
         size = min(open_picture(files[0])[0].size)
         return load_files(files[: args.n], size, path).pixels, {"drawn_with": None}
     model = load_product(args.samples)
-    pixels = draw_from(model, args.n, args.steps, args.seed, 50, args.device, args.class_label)
+    pixels = _draw_together(model, args, ranks)
     nfe = args.steps or (len(model.student_steps) if model.student_steps else DEFAULT_DDIM_STEPS)
     return pixels, {"drawn_with": {"nfe": nfe, "seed": args.seed}}
+
+
+def _draw_together(model: Model, args: argparse.Namespace, ranks: Ranks) -> Tensor:
+    """The pictures that one process draws, to the bit: of its batches each process draws every count-th."""
+    draw_some = partial(_draw_some, model, args.steps, DRAWN_AT_ONCE, args.device, args.class_label)
+    if ranks.count == 1:
+        return draw_some(args.n, args.seed)
+    pixels = torch.zeros(args.n, *model.backbone.shape, dtype=torch.uint8)
+    for start in range(ranks.rank * DRAWN_AT_ONCE, args.n, ranks.count * DRAWN_AT_ONCE):
+        some = draw_some(min(DRAWN_AT_ONCE, args.n - start), args.seed + start)
+        pixels[start : start + len(some)] = some
+    return ranks.filled(pixels)
 
 
 def export_run(name: str, out: Path, half: bool = False) -> Path:

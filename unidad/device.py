@@ -56,24 +56,18 @@ def pick_tracker(settings: LoopSettings) -> str:
     return settings.tracker
 
 
-def make_accelerator(settings: LoopSettings, run: RunFolder, several: bool = False) -> Accelerator:
+def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
     """Device, processes and trackers through accelerate; "auto" is tensorboard where that is installed.
 
-    Args:
-        several: whether the job can run in several processes, as `torchrun` and `accelerate launch` start them.
-
     Raises:
-        SettingsError: if a tracker is asked for that is not installed, or several processes were launched for a job of one.
+        SettingsError: if a tracker is asked for that is not installed.
     """
     wanted = pick_tracker(settings)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=pick_device(settings.device).type == "cpu",
         log_with=None if wanted == "none" else wanted,
         project_dir=str(run.path),
     )
-    if accelerator.num_processes > 1 and not several:
-        raise SettingsError("Several processes were launched, but this command runs in one. Start `unidad` by itself.")
-    return accelerator
 
 
 def start_trackers(accelerator: Accelerator) -> None:

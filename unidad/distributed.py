@@ -8,6 +8,8 @@ sum, serves every network and the heads alike, and waits in one place.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -76,6 +78,7 @@ class Ranks:
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        self._ended = False
 
     @property
     def first(self) -> bool:
@@ -131,6 +134,25 @@ class Ranks:
         with naming_the_lost():
             return self._accelerator.gather(x.contiguous())
 
+    def filled(self, x: Tensor) -> Tensor:
+        """Of x, [N, ...] on the CPU, each process has filled in other rows and left the rest 0: with all rows, in every process.
+
+        Raises:
+            LostProcessError: if another process has ended.
+        """
+        return x if self.count == 1 else self._together(x, "sum").cpu()
+
+    def end(self, connection: bool = True) -> None:
+        """Close the trackers, and the processes' connection: from here on each is alone."""
+        if self._ended:
+            return
+        self._ended = True
+        if connection:
+            self._accelerator.end_training()
+        else:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+
     def wait(self) -> None:
         """Until every process is here.
 
@@ -144,6 +166,31 @@ class Ranks:
         with naming_the_lost():
             device = self._accelerator.device
             return self._accelerator.reduce(x.to(device) if device.type != "mps" else x, reduction=how)
+
+
+@contextmanager
+def connected(accelerator: Accelerator) -> Iterator[Ranks]:
+    """The processes of a run; their connection ends with the block at the latest.
+
+    Where an error ends the block it ends with Python instead, so that this process has said what is wrong before the others notice that it
+    is gone. It must not outlive Python: a process ends with SIGABRT now and then if a thread of the connection waits for Python, to let go
+    of a tensor, as Python is taken down.
+    """
+    ranks = Ranks(accelerator)
+    if ranks.count > 1:
+        atexit.register(_disconnect)
+    try:
+        yield ranks
+    except BaseException:
+        ranks.end(connection=False)
+        raise
+    ranks.end()
+
+
+def _disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()  # networks that are shared out hold the connection, in cycles
 
 
 def first_to_speak() -> bool:

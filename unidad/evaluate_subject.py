@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ def evaluate_subject(args: argparse.Namespace) -> str:
     Raises:
         UserError: a folder, flag or weights file is missing or does not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("--track sdp is scored in one process, and several were launched. Start it by itself.")
     if not args.train:
         raise SettingsError("--track sdp compares with the subject's photos: add --train PHOTOS.")
     for flag, file in (("--json", args.json), ("--panel", args.panel)):

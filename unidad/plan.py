@@ -42,7 +42,8 @@ class Plan:
     """Bytes by part.
 
     Attributes:
-        weights: of each network by name, of the "base" that adapters share, and "source as read" where the device is the CPU, which then holds it too.
+        weights: of each network by name, of the "base" that adapters share, and "source as read" where the device is the CPU, which then holds it too;
+            where networks are shared out, each one's share, and "put together" the two largest whole, as passes go through them.
         gradients: of the phase that has most; the others' are freed by then.
         optimizer: two moments of every trained network; those that stay on the device.
         average: the averaged product (EMA).
@@ -89,10 +90,13 @@ class _Alive(TorchDispatchMode):
         return sum(size for reference, size in self._made.values() if not reference.expired())
 
 
-def plan(settings: TrainSettings) -> Plan:
+def plan(settings: TrainSettings, processes: int = 1) -> Plan:
     """Count a run with these settings; reads the models' configurations and no weights or pictures.
 
     `rollout_grad=random` is counted as a rollout of all steps with the gradient of the last.
+
+    Args:
+        processes: over which `shard` shares the networks out; what each of them holds is counted.
 
     Raises:
         UserError: as loading the models does.
@@ -100,17 +104,24 @@ def plan(settings: TrainSettings) -> Plan:
     with _fake_method(settings) as method:
         activations = {phase.name: _activations(method, phase, settings) for phase in _all_phases(method)}
         weights = {name: size(network) for name, network in method.networks.items()} | _base_size(method)
+
+    def share(name: str, n: int) -> int:
+        return n if name == "heads" else -(-n // processes)
+
     trained = {name: _trainable(method.networks[name]) for name in method.trained()}
-    moments = [moment_bytes(method.networks[name].parameters(), settings) for name in method.trained()]
+    moments = [share(name, moment_bytes(method.networks[name].parameters(), settings)) for name in method.trained()]
     on_cpu = pick_device(settings.device).type == "cpu"
     away = sum(moments) if settings.offload_optimizer and not on_cpu else 0
+    held = {name: share(name, n) for name, n in weights.items()}
+    if processes > 1:
+        held["put together"] = sum(sorted(n for name, n in weights.items() if name != "heads")[-2:])
     if on_cpu:
-        weights["source as read"] = weights.get("base", weights[method.product])
+        held["source as read"] = weights.get("base", weights[method.product])
     return Plan(
-        weights=weights,
+        weights=held,
         gradients=max(sum(trained[name] for name in phase.trains) for phase in method.phases),
         optimizer=sum(moments) - away,
-        average=weights[method.product] if settings.ema else 0,
+        average=held[method.product] if settings.ema else 0,
         activations=activations,
         stepping=max(moments) if settings.offload_optimizer else 0,
         offloaded=away,
@@ -243,6 +254,11 @@ def room(device: torch.device) -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def sharing(settings: TrainSettings) -> int:
+    """How many processes a run with `shard` is planned for: one for each GPU of this machine, two at least; 1 without."""
+    return max(2, torch.cuda.device_count()) if settings.shard else 1
+
+
 def memory_text(found: Plan, settings: TrainSettings) -> str:
     """The parts for people, and what the device has free."""
     device = pick_device(settings.device)
@@ -256,7 +272,8 @@ def memory_text(found: Plan, settings: TrainSettings) -> str:
     }
     if settings.offload_optimizer:
         parts |= {"optimizer, while it steps": found.stepping, "optimizer, kept off the device": found.offloaded}
-    lines = [f"memory on {device.type}, GB (expected)", *(f"  {name:<30}{n / GB:>9.3f}" for name, n in parts.items())]
+    each = f", in each of {sharing(settings)} processes" if settings.shard else ""
+    lines = [f"memory on {device.type}{each}, GB (expected)", *(f"  {name:<30}{n / GB:>9.3f}" for name, n in parts.items())]
     lines.append(f"  {'at the most':<30}{found.total / GB:>9.3f}" + (f"  of {free / GB:.1f} free" if free is not None else ""))
     return "\n".join(lines)
 
@@ -294,6 +311,7 @@ def refuse_too_large(found: Plan, settings: TrainSettings, free: int | None = No
             "offload_optimizer=true",
             pick_device(settings.device).type == "cuda" and settings.optimizer == "adamw" and not settings.offload_optimizer,
         ),
+        ("shard=true in a process for each GPU", torch.cuda.device_count() > 1 and not settings.shard),
         ("lora_rank=64", bool(settings.prompt) and not settings.lora_rank),
         ("rollout_grad=last", settings.rollout_grad == "all" and settings.steps > 1),
         ("batch_size=1 (with accumulation= to make up for it)", settings.batch_size > 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from unidad.backbones.load_text import TextModel, open_model
 from unidad.backbones.unet2d import UNet2DBackbone, random_unet
 from unidad.config import PretrainSettings, as_dict
 from unidad.data import PictureStream, load_folder
-from unidad.device import make_accelerator, pick_tracker, start_trackers, use_bf16
+from unidad.device import make_accelerator, start_trackers, use_bf16
+from unidad.distributed import connected
 from unidad.errors import ModelError
 from unidad.export import save_source
 from unidad.log import Log
@@ -51,6 +53,8 @@ def pretrain(
         Stopped: after SIGINT or SIGTERM, saved.
     """
     device = checked_device(settings)
+    accelerator = make_accelerator(settings, RunFolder(Path(out)))
+    device = accelerator.device if accelerator.num_processes > 1 else device
     model = start(settings)
     given = (Path(data), settings, device)
     job = Captioned(model, *given) if isinstance(model, TextModel) else Plain(model, *given)
@@ -62,17 +66,18 @@ def pretrain(
         "precision": "bf16" if use_bf16(settings.precision, device) else "fp32",
         "data": {"count": job.count, "folder": Path(data).name, "given": str(data)},
         "surroundings": surroundings(str(device)),
+        "processes": accelerator.num_processes,
     }
     refuse_other_inputs(facts["hashes"], expected)
-    pick_tracker(settings)
-    with open_run(out, facts, resume) as run:
+    with connected(accelerator) as ranks, open_run(out, facts, resume) if ranks.first else nullcontext(RunFolder(Path(out))) as run:
+        ranks.wait()  # the first one has made the folder, or was refused
+        start_trackers(accelerator)
         torch.manual_seed(settings.seed)
         backbone = model.backbone.to(device)
         assert isinstance(backbone, UNet2DBackbone)
         if settings.compile:
             backbone.compile_unet()
-        generator, accelerator = torch.Generator(device).manual_seed(settings.seed), make_accelerator(settings, run)
-        start_trackers(accelerator)
+        generator = torch.Generator(device).manual_seed(settings.seed)
         method = Finetune(backbone, generator, settings.denoising, law=settings.denoising_law)
         log = Log(run, accelerator, console)
         trainer = Trainer(method, job.stream, settings, run, log, generator, accelerator, job.draw)
@@ -81,13 +86,12 @@ def pretrain(
             trainer.restore(found[1])
         else:
             log.rewind(0)
-        try:
-            trainer.fit(until)
-        finally:
-            accelerator.end_training()
-        began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
-        about = f"Trained {began} with `unidad pretrain` on {job.count} pictures, {trainer.place.cycle} updates."
-        job.save(trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about})
+        trainer.fit(until)
+        ranks.end()  # the others need not wait for what the first one writes
+        if ranks.first:
+            began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
+            about = f"Trained {began} with `unidad pretrain` on {job.count} pictures, {trainer.place.cycle} updates."
+            job.save(trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about})
     return run
 
 

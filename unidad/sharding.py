@@ -28,6 +28,9 @@ def share_out(networks: Iterable[nn.Module], device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # torch keeps the mesh in caches to the end, and the mesh the processes' connection, in what torch.compile alone reads. The connection
+    # must not outlive Python: see `distributed.connected`.
+    getattr(mesh, "_pg_registry", {}).clear()
     for network in networks:
         if all(hasattr(network, name) for name in PASSES):
             fully_shard(network, mesh=mesh, reshard_after_forward=True)

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # file names may look like markup
     warnings.showwarning = lambda message, *_rest, **_more: console.print(f"Note: {message}", highlight=False)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not args.several:
+            raise UserError(f"`unidad {args.command}` runs in one process, and several were launched. Start it by itself.")
         if first and args.out:
             refuse_holder(Path(args.out))  # before the libraries are loaded, which takes seconds
         _quiet_libraries()
@@ -104,9 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(kind="other", out=None)
+    parser.set_defaults(kind="other", several=False, out=None)
     parser.add_argument("--version", action="version", version=f"unidad {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=Parser)
     training.add_train(commands)
     training.add_finetune(commands)
     training.add_distill(commands)

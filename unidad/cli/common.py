@@ -41,7 +41,7 @@ def command(commands: Commands, name: str, about: str, examples: str, run: objec
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """--config, --set, --resume, --device, --seed."""
-    parser.set_defaults(kind="trains")
+    parser.set_defaults(kind="trains", several=True)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")

@@ -185,9 +185,9 @@ def _unpacked(source: str, config: str) -> str:
 
 
 def _plan(settings: TrainSettings) -> int:
-    from unidad.plan import computation_text, cycle_flops, memory_text, plan, refuse_too_large
+    from unidad.plan import computation_text, cycle_flops, memory_text, plan, refuse_too_large, sharing
 
-    found = plan(settings)
+    found = plan(settings, sharing(settings))
     print(memory_text(found, settings))
     refuse_too_large(found, settings)
     print(computation_text(cycle_flops(settings), settings))

@@ -23,7 +23,7 @@ def add_sample(commands: Commands) -> None:
   unidad sample runs/mine -n 5000 --out many --resume""",
         _sample,
     )
-    parser.set_defaults(kind="draws")
+    parser.set_defaults(kind="draws", several=True)
     parser.add_argument("model", metavar="RUN_OR_MODEL")
     parser.add_argument("-n", type=int, default=16, help="how many (16)")
     parser.add_argument(
@@ -59,6 +59,7 @@ def add_evaluate(commands: Commands) -> None:
   unidad evaluate runs/cat --track sdp --train photos --dino DINO_FOLDER --clip CLIP_FOLDER --scores dino clip""",
         _evaluate,
     )
+    parser.set_defaults(several=True)
     parser.add_argument("samples", metavar="RUN_OR_MODEL_OR_FOLDER", help="a run or model to draw from, or a folder of pictures")
     parser.add_argument(
         "--reference",
@@ -181,7 +182,9 @@ def _evaluate(args: argparse.Namespace, _console: Console) -> int:
     args.n = 1000 if args.n is None else args.n
     if not args.reference:
         raise SettingsError("--reference FOLDER is needed: pictures of the domain that training never saw.")
-    print(evaluate_command(args))
+    scores = evaluate_command(args)
+    if scores is not None:  # in the first of several processes
+        print(scores)
     return 0
 
 

@@ -27,6 +27,7 @@ class Extractor(Protocol):
     name: str
     digest: str  # sha256 of the weights, hexadecimal
     resize: str  # what happens to a picture's size, in words
+    batch_size: int  # pictures at a time
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
@@ -117,8 +118,7 @@ def features_of(extractor: Extractor, pixels: Tensor, cache_dir: str | Path | No
     check_pixels(pixels)
     if cache_dir is None:
         return extractor(pixels)
-    file_name = f"{re.sub('[^A-Za-z0-9._-]', '_', extractor.name)}-{cache_key(extractor, pixels)}.safetensors"
-    path = Path(cache_dir) / file_name
+    path = _place(extractor, pixels, cache_dir)
     kept = _load(path, len(pixels))
     if kept is not None:
         return kept
@@ -136,6 +136,16 @@ def features_of(extractor: Extractor, pixels: Tensor, cache_dir: str | Path | No
             f"The feature cache '{cache_dir}' cannot be written: {error}. Give another folder, or leave it with --no-cache."
         ) from None
     return features
+
+
+def is_kept(extractor: Extractor, pixels: Tensor, cache_dir: str | Path) -> bool:
+    """Whether `features_of` would find the features of these pixels there."""
+    return _load(_place(extractor, pixels, cache_dir), len(pixels)) is not None
+
+
+def _place(extractor: Extractor, pixels: Tensor, cache_dir: str | Path) -> Path:
+    name = re.sub("[^A-Za-z0-9._-]", "_", extractor.name)
+    return Path(cache_dir) / f"{name}-{cache_key(extractor, pixels)}.safetensors"
 
 
 def _load(path: Path, n: int) -> Tensor | None:
