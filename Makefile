@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench soak clean
+.PHONY: demo test lint bench soak least clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,5 +29,8 @@ bench: $(READY)  ## the README's numbers; draws held-out pictures first (needs n
 soak: $(READY)  ## the long tests: random kills and whatever else takes minutes
 	$(BIN)/python -m pytest -m slow -rP
 
+least:  ## a quick part of the tests with the least versions that are allowed, in .venv-least; TORCH=2.13.0 for another torch
+	sh scripts/least_versions.sh
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-least build dist *.egg-info

@@ -68,7 +68,7 @@ def by_length(arch: str, cycles: int, folder: Path) -> list[dict[str, float]]:
     for i in range(1, cycles + 1):
         cycle.run()
         if i % max(1, cycles // 10) == 0:
-            cycle.trainer._flush()
+            cycle.trainer.write_log()
             rows.append({"cycle": i, "gb": memory()})
     return rows
 

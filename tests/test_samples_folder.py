@@ -52,6 +52,17 @@ def test_several_processes_share_the_batches_out(count, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i:06d}.png" for i in range(5, 16)]
 
 
+def test_a_full_disk_leaves_no_litter(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    fill(tmp_path, 2, 0, 2, lambda n, _: torch.zeros(n, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        fill(tmp_path, 4, 0, 2, lambda n, _: torch.zeros(n, 3, 8, 8, dtype=torch.uint8))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.png", "000001.png"]
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
     net = tiny.backbone(1)

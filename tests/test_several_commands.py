@@ -106,7 +106,7 @@ def test_two_processes_score_as_one(source: Path, picture_folder: Path, tmp_path
             str(picture_folder),
             "--train",
             str(picture_folder),
-            "--n",
+            "-n",
             "70",
             "--steps",
             "2",

@@ -182,6 +182,23 @@ def test_resume_from_a_saved_cycle(whole_run, tmp_path, picture_folder):
     assert [row["cycle"] for row in rows] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("accumulation", "cycles", "stop"), [(1, 7, 2), (2, 4, 3)], ids=["mid cycle", "mid accumulation"])
+def test_the_next_twenty_losses_are_equal(accumulation, cycles, stop, tmp_path, picture_folder):
+    """RELIABILITY case 2. In mid accumulation the update under way is finished first."""
+    told = {"accumulation": accumulation, "cycles": cycles}
+    whole, first = (make(tmp_path / name, picture_folder, **told) for name in ("whole", "parts"))
+    seen, before = record(whole), record(first, stop)
+    whole.fit()
+    with pytest.raises(Stopped):
+        first.fit()
+    second = make(tmp_path / "parts", picture_folder, tiny.unidad(seed=99), **told)
+    second.restore(checkpoint.latest(tmp_path / "parts" / "checkpoints")[1])
+    after = record(second)
+    second.fit()
+    assert len(after) >= 20
+    assert before + after == seen
+
+
 def test_resume_in_mid_cycle_with_accumulation(tmp_path, picture_folder):
     runs = {}
     for name, stop in (("whole", None), ("parts", 3)):

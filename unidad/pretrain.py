@@ -89,10 +89,14 @@ def pretrain(
         trainer.fit(until)
         ranks.end()  # the others need not wait for what the first one writes
         if ranks.first:
-            began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
-            about = f"Trained {began} with `unidad pretrain` on {job.count} pictures, {trainer.place.cycle} updates."
-            job.save(trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about})
+            _finish(run, trainer, job, settings)
     return run
+
+
+def _finish(run: RunFolder, trainer: Trainer, job: Plain | Captioned, settings: PretrainSettings) -> None:
+    began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
+    about = f"Trained {began} with `unidad pretrain` on {job.count} pictures, {trainer.place.cycle} updates."
+    job.save(trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about})
 
 
 class Plain:

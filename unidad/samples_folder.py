@@ -115,5 +115,9 @@ def grid_of(folder: Path, n: int, seed: int) -> Path:
 
 def _write_whole(file: Path, picture: Tensor) -> None:
     part = file.with_name(f".{file.name}.partial")
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(part, format="png")
-    os.replace(part, file)
+    try:
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(part, format="png")
+        os.replace(part, file)
+    except BaseException:  # a full disk, or Ctrl-C: the folder is left without litter
+        part.unlink(missing_ok=True)
+        raise

@@ -89,7 +89,8 @@ def add_evaluate(commands: Commands) -> None:
         help="how variety is scored; `paper` repeats what the public code computes (correct)",
     )
     _add_subject(parser)
-    parser.add_argument("--n", type=int, help="samples to draw (1000); with --track sdp of each prompt (4)")
+    # `torchrun` takes --n for its own, wherever it stands
+    parser.add_argument("-n", "--n", type=int, help="samples to draw (1000); with --track sdp of each prompt (4)")
     parser.add_argument("--steps", type=int, metavar="K", help="steps to draw with; as for `unidad sample`")
     parser.add_argument("--seed", type=int, default=0)
     add_class_label(parser)
