@@ -3,7 +3,7 @@
     python benchmarks/weak_scaling.py --arch avatars --batch-size 2
 
 Processes of one thread each on this machine's CPU cores, gloo between them. One and two are measured in alternation; seconds are medians.
-Paper: the two need what one needs, and for each update the time that its bytes take, measured by themselves. Where more runs on the
+Paper: the two need what one needs, and for each update the time that averaging so many gradients takes, measured by itself. Where more runs on the
 machine than it has cores for, wall time says how busy it was; processor seconds (of a process with its gloo threads) say what was added.
 """
 
@@ -40,14 +40,16 @@ def measure(arch: str, batch_size: int, cycles: int, folder: Path) -> dict[str, 
         method = cycle.trainer.method
         size = {name: sum(p.numel() for p in method.networks[name].parameters()) for name in method.trained()}
         reduced = sum(phase.repeats * sum(size[name] for name in phase.trains) for phase in method.phases)
-        x, alone = torch.zeros(max(size.values())), []
+        largest, alone = method.networks[max(size, key=size.__getitem__)], []
+        for p in largest.parameters():
+            p.grad = torch.zeros_like(p)
         for _ in range(2 * cycles if ranks.count > 1 else 0):
             ranks.wait()
             begin, busy = time.perf_counter(), time.process_time()
-            ranks._together(x, "mean")
+            ranks.average_gradients([largest])
             alone.append((time.perf_counter() - begin, time.process_time() - busy))
         found = {"rows": rows, "bytes": 4 * reduced}
-        return found | ({"alone": [[t * reduced / len(x) for t in pair] for pair in alone]} if alone else {})
+        return found | ({"alone": [[t * reduced / max(size.values()) for t in pair] for pair in alone]} if alone else {})
 
 
 def launched(count: int, arguments: list[str]) -> dict[str, Any]:
