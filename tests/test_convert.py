@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import adm_reference
 import pytest
 import torch
@@ -105,8 +107,13 @@ def test_averaged_weights_win_and_stock_diffusers_draws(tmp_path):
 
 
 class Malice:
+    """A pickle that calls something when it is read."""
+
+    def __init__(self, call, *words):
+        self.call, self.words = call, words
+
     def __reduce__(self):
-        return print, ("run by the pickle",)
+        return self.call, self.words
 
 
 def without(*names):
@@ -123,7 +130,13 @@ def narrow_time():
 
 
 BAD = {
-    "malice": (lambda: {"ema": Malice()}, "holds more than weights"),
+    "malice": (lambda: {"ema": Malice(print, "run by the pickle")}, "holds more than weights"),
+    "malice of the system": (lambda: {"ema": Malice(os.system, "echo run by the pickle")}, "holds more than weights"),
+    "malice beside weights": (
+        lambda: {"ema": small(), "step": Malice(eval, "print('run by the pickle')")},
+        "holds more than weights",
+    ),
+    "a whole module": (lambda: torch.nn.Linear(2, 2), "holds more than weights"),
     "no network": (lambda: {"conv.weight": torch.zeros(3)}, "no guided-diffusion network"),
     "a list": (lambda: [small()], "no guided-diffusion network"),
     "no tensors": (lambda: small() | {"out.0.bias": "text"}, "no guided-diffusion network"),
@@ -140,11 +153,11 @@ BAD = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_files_are_refused_in_one_sentence(tmp_path, kind, capsys):
+def test_bad_files_are_refused_in_one_sentence(tmp_path, kind, capfd):
     make, words = BAD[kind]
     torch.save(make(), tmp_path / "x.pt")
     assert convert(tmp_path / "x.pt", tmp_path / "model") == 2
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert words in said.err
     assert "run by the pickle" not in said.out
     assert said.err.count("\n") == 1

@@ -26,7 +26,14 @@ from unidad.export import save_converted
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 NESTS = ("ema", "model", "state_dict")  # averaged weights first, where there are several
 TIMESTEPS = 1000
-FOREIGN = ("Unsupported global", "Unsupported class", "unrecognized function")  # what torch says of code in a pickle
+# What torch says, in small letters, of code in a pickle; of functions of `os` and its kind it says "unsupported GLOBAL ... is blocked".
+FOREIGN = (
+    "unsupported global",
+    "unsupported class",
+    "unrecognized function",
+    "can only create new object",
+    "can only build tensor",
+)
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    if any(words in str(error) for words in FOREIGN):
+    if any(words in str(error).lower() for words in FOREIGN):
         return (
             f"'{path}' holds more than weights (code that loading it would run), so it was not loaded. "
             "If you trust where it is from, save its state dict alone."
