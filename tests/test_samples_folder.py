@@ -17,6 +17,7 @@ from unidad import samples_folder
 from unidad.cli import main
 from unidad.errors import DataError
 from unidad.export import save_student
+from unidad.sample import at_once
 from unidad.samples_folder import fill, open_samples
 
 # Draws as the command line does, and kills its own process, which nothing can catch, when the fourth picture is being written.
@@ -174,3 +175,8 @@ def test_whole_batches_are_drawn_again_but_only_missing_files_written(tmp_path):
     assert drawn[3:] == [(3, 13)]
     with pytest.raises(DataError, match="this seed: 10, not 11"):
         open_samples(folder, {"seed": 11}, resume=True)
+
+
+def test_large_pictures_are_drawn_few_at_once():
+    assert [at_once(side) for side in (16, 32, 64, 128, 256, 512)] == [32, 32, 32, 8, 2, 1]
+    assert [at_once(side, 50) for side in (32, 64, 128, 256)] == [50, 50, 12, 3]

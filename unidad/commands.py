@@ -39,7 +39,7 @@ from unidad.errors import CheckpointError, DataError, SettingsError
 from unidad.export import made, save_source, save_student
 from unidad.export_text import save_text_student
 from unidad.run import RUN_FILE, RunFolder
-from unidad.sample import draw
+from unidad.sample import at_once, draw
 from unidad.samples_folder import GRID, fill, grid_of, new_folder, open_samples, refuse_full_folder, weights_digest
 from unidad.sheets import labelled_grid
 from unidad.signals import Stopped, passing_on
@@ -170,7 +170,7 @@ def sample_to_folder(
     out: str | Path,
     steps: int | None = None,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: str = "auto",
     label: int | None = None,
     prompts: Sequence[str] = (),
@@ -182,6 +182,8 @@ def sample_to_folder(
 
     With `resume` a folder that was broken off is gone on with, and ends as if it had not been; also with a larger n.
 
+    A `batch_size` of None is `at_once` of the pictures' side.
+
     From a text-to-image student n for each prompt (none: that it was trained with), a row of the grid each.
 
     Raises:
@@ -189,6 +191,7 @@ def sample_to_folder(
         Stopped: by SIGINT, SIGTERM or SIGHUP while pictures were drawn; those that are there are whole.
     """
     model = load_product(name)
+    batch_size = at_once(model.backbone.shape[-1]) if batch_size is None else batch_size
     with connected(Accelerator(cpu=pick_device(device).type == "cpu")) as ranks:
         if isinstance(model, TextModel):
             if resume or ranks.count > 1:
@@ -306,12 +309,13 @@ def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, 
 
 def _draw_together(model: Model, args: argparse.Namespace, ranks: Ranks) -> Tensor:
     """The pictures that one process draws, to the bit: of its batches each process draws every count-th."""
-    draw_some = partial(_draw_some, model, args.steps, DRAWN_AT_ONCE, args.device, args.class_label)
+    together = at_once(model.backbone.shape[-1], DRAWN_AT_ONCE)
+    draw_some = partial(_draw_some, model, args.steps, together, args.device, args.class_label)
     if ranks.count == 1:
         return draw_some(args.n, args.seed)
     pixels = torch.zeros(args.n, *model.backbone.shape, dtype=torch.uint8)
-    for start in range(ranks.rank * DRAWN_AT_ONCE, args.n, ranks.count * DRAWN_AT_ONCE):
-        some = draw_some(min(DRAWN_AT_ONCE, args.n - start), args.seed + start)
+    for start in range(ranks.rank * together, args.n, ranks.count * together):
+        some = draw_some(min(together, args.n - start), args.seed + start)
         pixels[start : start + len(some)] = some
     return ranks.filled(pixels)
 

@@ -39,7 +39,7 @@ def write_report(
     decode: Callable[[Tensor], Tensor] | None = None,
     scored: int = SCORED,
     shown: int = SHOWN,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> Path:
     """Draw from product and source, score the product, and write grid.png and report.html; returns the page's path.
 

@@ -13,6 +13,14 @@ from unidad.data import to_uint8
 from unidad.rollout import ddim, rollout, seeded_noise
 
 
+def at_once(side: int, most: int = 32) -> int:
+    """How many pictures of that side to draw together: up to 64 pixels `most`, beyond that as many as have no more pixels in all.
+
+    A network of full width at 256 pixels holds hundreds of megabytes for each picture it draws.
+    """
+    return max(1, min(most, most * 64**2 // side**2))
+
+
 @torch.no_grad()
 def draw(
     backbone: Backbone,
@@ -20,7 +28,7 @@ def draw(
     seed: int = 0,
     steps: Sequence[int] | None = None,
     ddim_steps: int = 50,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     label: int | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -29,10 +37,12 @@ def draw(
     Args:
         backbone: in eval mode, on its device.
         steps: the student's timesteps; None draws with `ddim_steps` of DDIM instead.
+        batch_size: drawn together; None: `at_once` of the network's side.
         label: class of every picture, for a class-conditional network.
         decode: what the network draws -> pictures in [-1, 1], where it draws latents.
     """
     device = next(chain(backbone.parameters(), backbone.buffers())).device  # a frozen role has no parameters of its own
+    batch_size = batch_size or at_once(backbone.shape[-1])
     done = []
     for start in range(0, n, batch_size):
         seeds = range(seed + start, seed + min(start + batch_size, n))

@@ -42,7 +42,9 @@ def add_sample(commands: Commands) -> None:
         "--resume", action="store_true", help="go on with a folder that was broken off: only what is missing is drawn"
     )
     add_class_label(parser)
-    parser.add_argument("--batch-size", type=int, default=32, help="changes speed and memory, never the pictures (32)")
+    parser.add_argument(
+        "--batch-size", type=int, help="changes speed and memory, never the pictures (32 up to 64 pixels, fewer above: 2 at 256)"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
 
