@@ -105,6 +105,31 @@ def test_a_plan_reads_no_weights_and_refuses_what_does_not_fit(sources, tmp_path
     assert "GFLOP a cycle" not in said.out
 
 
+def test_a_grid_and_the_pieces_are_counted():
+    on_gpu = planning.Plan({"student": 10}, 10, 20, 10, {"student": 7}, drawing=30)
+    assert (on_gpu.passing, on_gpu.total) == (30, 70)
+    on_cpu = planning.Plan({"student": 10}, 10, 20, 10, {"student": 30}, drawing=30, pieces=0.2)
+    assert (on_cpu.passing, on_cpu.total) == (40, 88)
+
+
+def test_the_most_that_was_alive():
+    known = torch.zeros(1000)
+    with planning._Alive({known.untyped_storage()._cdata}, watch=True) as alive:
+        a = known + torch.ones(1000)  # two vectors of 4000 bytes
+        b = a + 1
+        del a
+        c = b[:500]  # the same storage
+        del b
+    assert (alive.most, alive.bytes, len(c)) == (8000, 4000, 500)
+
+
+def test_what_a_grid_takes_lies_between_its_skips_and_all_it_computes(sources):
+    """32 pictures of 16 pixels through 32 and 64 channels: four outputs of the encoder wait for the decoder."""
+    found = planning.plan(settings(sources, "adm")).drawing
+    skips = 32 * 4 * (2 * 32 * 16**2 + 32 * 8**2 + 64 * 8**2)
+    assert skips < found < 6 * skips
+
+
 def test_what_just_fits_is_not_refused(sources):
     found = planning.Plan({"student": 10, "teacher": 10}, 10, 20, 10, {"student": 7, "teacher": 5})
     assert found.total == 67

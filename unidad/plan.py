@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unidad.adapt import build_method
 from unidad.architectures import TEXT_UNETS, text_unet
+from unidad.backbones.base import Backbone
 from unidad.backbones.load import find_folder, load_model, read_json
 from unidad.backbones.load_text import is_text_to_image
 from unidad.backbones.lora import LoraRole
@@ -30,11 +31,15 @@ from unidad.data import PictureSet
 from unidad.device import pick_device, use_bf16
 from unidad.errors import SettingsError
 from unidad.ingredients import Ingredients, fitting_steps
-from unidad.ingredients_text import TextIngredients, gather_nothing
+from unidad.ingredients_text import DRAWN_AT_ONCE, TextIngredients, gather_nothing
 from unidad.methods.base import Method, Phase, only_training
 from unidad.optimizers import moment_bytes
+from unidad.sample import at_once
 
 GB = 1e9
+# On a CPU, of what comes and goes: the C library keeps freed memory in pieces that fit nothing. Between 5% and a third in the rows of
+# docs/fsig.md, "Memory"; telling it to give them back costs up to half of a cycle's time in page faults.
+PIECES = 0.2
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,11 @@ class Plan:
         optimizer: two moments of every trained network; those that stay on the device.
         average: the averaged product (EMA).
         activations: what each phase keeps for its backward pass, one micro-batch.
+        drawing: the most that is alive while pictures of a sample grid are drawn, between the updates.
         stepping: with `offload_optimizer` the moments of the largest network, copied to the device for its update, when the
             activations are gone.
         offloaded: moments in the computer's memory, in no sum; on a CPU, which has but one memory, they are in `optimizer`.
+        pieces: share of `passing` that is held beside it.
     """
 
     weights: dict[str, int]
@@ -58,22 +65,28 @@ class Plan:
     optimizer: int
     average: int
     activations: dict[str, int]
+    drawing: int = 0
     stepping: int = 0
     offloaded: int = 0
+    pieces: float = 0.0
+
+    @property
+    def passing(self) -> int:
+        """Bytes that come and go, at the most: the gradients and activations of the phases that have most, or what drawing takes."""
+        return max(self.gradients + max(self.stepping, *self.activations.values()), self.drawing)
 
     @property
     def total(self) -> int:
-        """Bytes at the most: everything kept, and the gradients and activations of the phases that have most."""
-        kept = sum(self.weights.values()) + self.optimizer + self.average
-        return kept + self.gradients + max(self.stepping, *self.activations.values())
+        """Bytes at the most: everything kept, what comes and goes, and the pieces."""
+        return sum(self.weights.values()) + self.optimizer + self.average + round((1 + self.pieces) * self.passing)
 
 
 class _Alive(TorchDispatchMode):
-    """Notes every storage that is made inside; `bytes` are those of the ones still alive."""
+    """Notes every storage that is made inside; `bytes` are those of the ones still alive, `most` the most that ever were, with `watch`."""
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: set[int], watch: bool = False) -> None:
         super().__init__()
-        self._known = known
+        self._known, self._watch, self.most = known, watch, 0
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,6 +96,9 @@ class _Alive(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._known:
                     self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if self._watch:
+            self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+            self.most = max(self.most, self.bytes)
         return out
 
     @property
@@ -104,6 +120,7 @@ def plan(settings: TrainSettings, processes: int = 1) -> Plan:
     with _fake_method(settings) as method:
         activations = {phase.name: _activations(method, phase, settings) for phase in _all_phases(method)}
         weights = {name: size(network) for name, network in method.networks.items()} | _base_size(method)
+        drawing = _drawing(method, DRAWN_AT_ONCE if settings.prompt else None)
 
     def share(name: str, n: int) -> int:
         return n if name == "heads" else -(-n // processes)
@@ -123,8 +140,10 @@ def plan(settings: TrainSettings, processes: int = 1) -> Plan:
         optimizer=sum(moments) - away,
         average=held[method.product] if settings.ema else 0,
         activations=activations,
+        drawing=drawing,
         stepping=max(moments) if settings.offload_optimizer else 0,
         offloaded=away,
+        pieces=PIECES if on_cpu else 0.0,
     )
 
 
@@ -209,12 +228,27 @@ def _as_in_training(method: Method, phase: Phase, settings: TrainSettings) -> It
 
 
 def _activations(method: Method, phase: Phase, settings: TrainSettings) -> int:
-    known = {t.untyped_storage()._cdata for n in _modules(method) for t in [*n.parameters(), *n.buffers()]}
-    with _as_in_training(method, phase, settings) as pictures, _Alive(known) as alive:
+    with _as_in_training(method, phase, settings) as pictures, _Alive(_storages(method)) as alive:
         losses = phase.loss(pictures)
         kept = alive.bytes
     del losses
     return kept
+
+
+@torch.no_grad()
+def _drawing(method: Method, n: int | None) -> int:
+    """Of one prediction of `n` samples, or of as many as a grid draws together; in float32, as the loop draws outside of autocast."""
+    product = method.networks[method.product]
+    assert isinstance(product, Backbone)
+    n = n or at_once(product.shape[-1])
+    x, zeros = torch.zeros(n, *product.shape), torch.zeros(n, dtype=torch.long)
+    with _Alive(_storages(method), watch=True) as alive:
+        product.x0(x, zeros, None if product.num_classes is None else zeros)
+    return alive.most + 3 * x.nbytes  # the noise, what it was drawn from, and the prediction before
+
+
+def _storages(method: Method) -> set[int]:
+    return {t.untyped_storage()._cdata for n in _modules(method) for t in [*n.parameters(), *n.buffers()]}
 
 
 def cycle_flops(settings: TrainSettings) -> dict[str, int]:
@@ -269,12 +303,15 @@ def memory_text(found: Plan, settings: TrainSettings) -> str:
         "optimizer": found.optimizer,
         "average (EMA)": found.average,
         **{f"activations, {name}": n for name, n in found.activations.items()},
+        "drawing a grid, between updates": found.drawing,
     }
+    if found.pieces:
+        parts["pieces the C library keeps"] = round(found.pieces * found.passing)
     if settings.offload_optimizer:
         parts |= {"optimizer, while it steps": found.stepping, "optimizer, kept off the device": found.offloaded}
     each = f", in each of {sharing(settings)} processes" if settings.shard else ""
-    lines = [f"memory on {device.type}{each}, GB (expected)", *(f"  {name:<30}{n / GB:>9.3f}" for name, n in parts.items())]
-    lines.append(f"  {'at the most':<30}{found.total / GB:>9.3f}" + (f"  of {free / GB:.1f} free" if free is not None else ""))
+    lines = [f"memory on {device.type}{each}, GB (expected)", *(f"  {name:<32}{n / GB:>9.3f}" for name, n in parts.items())]
+    lines.append(f"  {'at the most':<32}{found.total / GB:>9.3f}" + (f"  of {free / GB:.1f} free" if free is not None else ""))
     return "\n".join(lines)
 
 
