@@ -105,11 +105,13 @@ def test_a_plan_reads_no_weights_and_refuses_what_does_not_fit(sources, tmp_path
     assert "GFLOP a cycle" not in said.out
 
 
-def test_a_grid_and_the_pieces_are_counted():
+def test_a_grid_and_what_lies_aside_are_counted(sources):
     on_gpu = planning.Plan({"student": 10}, 10, 20, 10, {"student": 7}, drawing=30)
     assert (on_gpu.passing, on_gpu.total) == (30, 70)
-    on_cpu = planning.Plan({"student": 10}, 10, 20, 10, {"student": 30}, drawing=30, pieces=0.2)
+    on_cpu = planning.Plan({"student": 10}, 10, 20, 10, {"student": 30}, drawing=30, aside=8)
     assert (on_cpu.passing, on_cpu.total) == (40, 88)
+    found = planning.plan(settings(sources, "tiny"))
+    assert found.aside == pytest.approx(5e7 + 0.1 * found.passing, abs=1)
 
 
 def test_the_most_that_was_alive():

@@ -37,9 +37,9 @@ from unidad.optimizers import moment_bytes
 from unidad.sample import at_once
 
 GB = 1e9
-# On a CPU, of what comes and goes: the C library keeps freed memory in pieces that fit nothing. Between 5% and a third in the rows of
-# docs/fsig.md, "Memory"; telling it to give them back costs up to half of a cycle's time in page faults.
-PIECES = 0.2
+# On a CPU, by the rows of docs/fsig.md, "Memory": of what comes and goes the C library keeps a share in pieces that fit nothing (told to give
+# them back it makes a cycle two thirds slower by page faults), and libraries take so many bytes when they are first used.
+PIECES, FIRST_USE = 0.1, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
         stepping: with `offload_optimizer` the moments of the largest network, copied to the device for its update, when the
             activations are gone.
         offloaded: moments in the computer's memory, in no sum; on a CPU, which has but one memory, they are in `optimizer`.
-        pieces: share of `passing` that is held beside it.
+        aside: what the libraries hold beside all that; of a CPU alone.
     """
 
     weights: dict[str, int]
@@ -68,7 +68,7 @@ class Plan:
     drawing: int = 0
     stepping: int = 0
     offloaded: int = 0
-    pieces: float = 0.0
+    aside: int = 0
 
     @property
     def passing(self) -> int:
@@ -77,8 +77,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at the most: everything kept, what comes and goes, and the pieces."""
-        return sum(self.weights.values()) + self.optimizer + self.average + round((1 + self.pieces) * self.passing)
+        """Bytes at the most: everything kept, what comes and goes, and what lies aside."""
+        return sum(self.weights.values()) + self.optimizer + self.average + self.passing + self.aside
 
 
 class _Alive(TorchDispatchMode):
@@ -134,7 +134,7 @@ def plan(settings: TrainSettings, processes: int = 1) -> Plan:
         held["put together"] = sum(sorted(n for name, n in weights.items() if name != "heads")[-2:])
     if on_cpu:
         held["source as read"] = weights.get("base", weights[method.product])
-    return Plan(
+    found = Plan(
         weights=held,
         gradients=max(sum(trained[name] for name in phase.trains) for phase in method.phases),
         optimizer=sum(moments) - away,
@@ -143,8 +143,8 @@ def plan(settings: TrainSettings, processes: int = 1) -> Plan:
         drawing=drawing,
         stepping=max(moments) if settings.offload_optimizer else 0,
         offloaded=away,
-        pieces=PIECES if on_cpu else 0.0,
     )
+    return replace(found, aside=round(PIECES * found.passing) + FIRST_USE) if on_cpu else found
 
 
 def size(network: nn.Module) -> int:
@@ -305,8 +305,8 @@ def memory_text(found: Plan, settings: TrainSettings) -> str:
         **{f"activations, {name}": n for name, n in found.activations.items()},
         "drawing a grid, between updates": found.drawing,
     }
-    if found.pieces:
-        parts["pieces the C library keeps"] = round(found.pieces * found.passing)
+    if found.aside:
+        parts["held aside by libraries"] = found.aside
     if settings.offload_optimizer:
         parts |= {"optimizer, while it steps": found.stepping, "optimizer, kept off the device": found.offloaded}
     each = f", in each of {sharing(settings)} processes" if settings.shard else ""
