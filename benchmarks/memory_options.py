@@ -45,9 +45,10 @@ SAVERS: dict[str, Values] = {
     "optimizer=adamw8bit": {"optimizer": "adamw8bit"},
     "offload_optimizer": {"offload_optimizer": True},
     "precision=bf16": {"precision": "bf16"},
-    "all but bf16": {
+    "all but the last two": {
         "gradient_checkpointing": True,
         "rollout_grad": "last",
+        "source_teacher_dtype": "bf16",
         "optimizer": "adamw8bit",
     },
 }
