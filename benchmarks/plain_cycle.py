@@ -13,8 +13,9 @@
 - optimizer: `torch.optim.AdamW` with its defaults (main/dhariwal/train_dhariwal.py), which on a CPU updates one tensor after the other.
 
 Like ours, it draws the samples of the other k - 1 fake-teacher updates without a graph, lets the student's batch serve the first, keeps
-the guidance networks' weights out of the student's backward pass, and trains the target teacher once a cycle. One thing of it is left
-out here, in its favour: it records a graph for the fake teacher's score, which nobody goes back through.
+the guidance networks' weights out of the student's backward pass, and trains the target teacher once a cycle. Two things are left out
+here, in its favour: it records a graph for the fake teacher's score, which nobody goes back through, and it does not ask the allocator
+to keep freed memory (`unidad.device.keep_freed_memory`), which here holds for the whole process.
 
 Both sides have their times as wall-clock and as the process's own time; on a machine that does other things look at the latter, with
 OMP_NUM_THREADS=1, as waiting threads count as well.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import tiny
 import torch
 from test_train import make
 
+from unidad.device import keep_freed_memory
 from unidad.train import Trainer
 
 ANCHORED = {"anchor": "teacher", "anchor_weight": 1.0, "anchor_pool": 8, "augment": "flip"}
@@ -35,3 +38,18 @@ def test_no_tensor_and_no_graph_is_left_behind_by_a_cycle(cycles: int, numbers: 
     trainer = make(tmp_path, picture_folder, tiny.unidad(**numbers), ema=0.9)
     assert held(trainer, 2) == held(trainer, cycles)
     assert not [x for x in alive() if x.grad_fn is not None]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's")
+def test_what_is_freed_is_there_for_the_next_pass_without_asking_the_system() -> None:
+    import resource
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(2 << 20) for _ in range(16)]  # 8 MB each, 32,768 pages in all
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    new_pages()
+    assert new_pages() < 32768 / 4
