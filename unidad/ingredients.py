@@ -125,7 +125,8 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     """
     if settings.prompt or settings.class_prompt or settings.prompts or settings.guidance != 1 or settings.lora_rank:
         raise SettingsError(
-            f"'{settings.source}' is no text-to-image model: leave out prompt, class_prompt, prompts, guidance and lora_rank."
+            f"'{settings.source}' is no text-to-image model: leave out prompt, class_prompt, prompts, "
+            "guidance and lora_rank, or give a Stable Diffusion model as --source, which the preset sdp needs."
         )
     source = load_model(settings.source)
     student_init = None if settings.student_init == "source" else load_model(settings.student_init)

@@ -130,7 +130,7 @@ def open_run(path: str | Path, facts: dict[str, Any], resume: bool) -> Iterator[
             yield run
     except OSError as error:
         raise CheckpointError(
-            f"'{run.path}' cannot be written: {error.strerror or error}. Free some space or give another --out."
+            f"'{run.path}' cannot be written: {error.strerror or error}. Give another --out, or free space if the disk is full."
         ) from error
 
 

@@ -170,7 +170,8 @@ def find_folder(name: str, weights: bool = True) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's errors have no common base short of this
         raise ModelError(
-            f"There is no folder '{name}', and it could not be fetched from the hub: {type(error).__name__}."
+            f"There is no folder '{name}', and it could not be fetched from the hub ({type(error).__name__}). "
+            "Check the path; if it is a hub id, connect to the network, or download the model first and give its folder."
         ) from None
 
 

@@ -58,7 +58,7 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         help="with a single Stable Diffusion .safetensors file as --source: a diffusers folder of its family or a hub id, of which only "
         "the small files are used; the file becomes a folder of the same name beside it, once",
     )
-    parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, 1 to 4 (3)")
+    parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, usually 1 to 4 (3)")
     parser.add_argument("--preset", metavar="NAME", help="named settings, below (avatars for the bundled source)")
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
     parser.add_argument(
