@@ -46,6 +46,7 @@ def test_the_plain_cycle_has_the_same_gradients(benchmark):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6 * found[0].abs().max().item())
 
 
+@pytest.mark.slow
 def test_the_plain_cycle_computes_attention_twice(benchmark, tmp_path):
     """Its FLOPs: each phase that learns has the attention of one more forward, and a look of the heads the decoder."""
     small = {"batch_size": 1, "steps": 1, "fake_updates": 1, "shared_forward": False}

@@ -226,6 +226,7 @@ def test_a_run_trains_three_networks_and_draws_grids(run: RunFolder, rank: int, 
     assert run.read()["hashes"]["text_encoder"] == load_text.load_text_model(folder).parts[1]
 
 
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2], indirect=True, ids=["whole", "lora"], scope="module")
 def test_a_stopped_run_goes_on_to_the_same_bits(
     run: RunFolder, rank: int, folder: Path, picture_folder: Path, tmp_path: Path, monkeypatch
 ):
@@ -320,6 +321,7 @@ def test_a_pipeline_without_its_second_encoder_is_refused(folder: Path, tmp_path
         load_text.load_text_model(tmp_path / "m")
 
 
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2], indirect=True, ids=["whole", "lora"], scope="module")
 def test_the_plan_knows_sdxl_by_folder_and_by_name(folder: Path, rank: int, tmp_path: Path):
     unet = text_unet(TEXT_UNETS["sdxl"]).unet
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684  # of the published base model
