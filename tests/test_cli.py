@@ -64,6 +64,13 @@ def test_sampling_does_not_depend_on_the_batch(run: Path, tmp_path: Path) -> Non
         assert a.tobytes() == b.tobytes()
 
 
+def test_other_steps_than_it_learnt_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["sample", str(run), "-n", "1", "--steps", "3", "--out", str(tmp_path / "three")]) == 0
+    assert "Note" not in capsys.readouterr().err
+    assert main(["sample", str(run), "-n", "1", "--steps", "5", "--out", str(tmp_path / "five")]) == 0
+    assert "learnt to draw in 3 steps; expect worse pictures in 5" in capsys.readouterr().err
+
+
 def test_export_equals_the_runs_own_student(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), "--out", str(tmp_path / "e")]) == 0
     name = "unet/diffusion_pytorch_model.safetensors"
@@ -141,6 +148,7 @@ def refused(capsys: pytest.CaptureFixture, *args: str) -> str:
         (["--set", "student_init=bundled:none"], "bundled:none"),
         (["--set", "dmd_weight=0", "--set", "gan_weight=0"], "learn nothing"),
         (["--target", "nowhere"], "There is no folder 'nowhere'"),
+        (["--plan", "--set", "offload_optimizer=true"], "Leave it off"),
         (["--nonsense"], "unrecognized arguments"),
     ],
 )
@@ -175,6 +183,8 @@ def test_bad_folders(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is not a diffusion pipeline" in refused(
         capsys, *base, "--source", str(tmp_path / "empty"), "--target", "bundled:bottts"
     )
+    file = str(tmp_path / "lora.safetensors")
+    assert "no lora/pytorch" in refused(capsys, "convert", "lora", str(source), "--out", file, "--format", "kohya")
     assert "no run, no diffusers model" in refused(capsys, "info", str(tmp_path))
     assert "There is nothing at" in refused(capsys, "info", str(tmp_path / "gone"))
 
@@ -182,6 +192,11 @@ def test_bad_folders(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_doctor_and_help(capsys: pytest.CaptureFixture) -> None:
     assert main(["doctor"]) in (0, 1)
     assert torch.__version__.split("+")[0] in capsys.readouterr().out
+    assert main([]) == 2
+    assert "unidad COMMAND --help" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    assert "--steps K" not in capsys.readouterr().out, "a fine-tuned model has no number of steps"
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out

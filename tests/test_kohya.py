@@ -164,7 +164,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_overwritten(lora: Path, kohya: P
         == 2
     )
     assert "looks like a VAE alone" in capsys.readouterr().err
-    with pytest.raises(ModelError, match="There is no file"):
+    with pytest.raises(ModelError, match="not a run with LoRA roles"):
         convert_lora(tmp_path, tmp_path / "b.safetensors", "kohya")
     told = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "unet.use_dora": True})}
     save_file(load_file(lora), tmp_path / "other.safetensors", metadata=told)

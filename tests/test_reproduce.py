@@ -26,6 +26,9 @@ def test_a_run_is_reproduced_to_the_bit(source: Path, pictures: Path, tmp_path: 
     limits = ("--set", "lr_decay=cosine", "--set", "max_minutes=0.000001")
     assert main(words(source, pictures, run, *limits, cycles=4)) == 0
     assert main(words(source, pictures, run, *limits, "--resume", cycles=4)) == 0
+    assert "Stopped by max_minutes=1e-06 in cycle 1 of 4." in capsys.readouterr().err
+    assert main(["info", str(run)]) == 0
+    assert "cycle 2 of 4, 0.0 minutes, ended early" in capsys.readouterr().out
     assert checkpoint.names(run / "checkpoints") == ["00000001", "00000002"]
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert main(["reproduce", str(run), "--out", str(again)]) == 0

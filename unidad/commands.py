@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -132,9 +133,14 @@ def _grid(student: Model, steps: int | None) -> list[int]:
     if steps is None or steps == len(student.student_steps):
         return student.student_steps
     try:
-        return student.backbone.schedule.student_steps(steps)
+        other = student.backbone.schedule.student_steps(steps)
     except ValueError as error:
         raise SettingsError(f"--steps: {error}.") from None
+    learnt = len(student.student_steps)
+    warnings.warn(
+        f"The student learnt to draw in {learnt} steps; expect worse pictures in {steps}. Leave --steps out.", stacklevel=2
+    )
+    return other
 
 
 def draw_prompts(

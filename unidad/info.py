@@ -90,9 +90,15 @@ def _run(path: Path) -> str:
     settings, data = facts["settings"], facts.get("data", {})
     cycle = rows[-1]["cycle"] if rows else 0
     minutes = rows[-1]["seconds"] / 60 if rows else 0.0
+    of = settings.get("cycles", "?")
     product = next((p for p in (run.student, run.path / "model") if p.is_dir()), None)
+    early = (
+        f", ended early ({settings.get('max_minutes')} minutes at the most)"
+        if product and settings.get("max_minutes") and cycle < of
+        else ""
+    )
     lines = [
-        f"{path}: a {facts['kind']} run, cycle {cycle} of {settings.get('cycles', '?')}, {minutes:.1f} minutes",
+        f"{path}: a {facts['kind']} run, cycle {cycle} of {of}, {minutes:.1f} minutes{early}",
         f"  pictures     {data.get('count', '?')} in {data.get('target', data.get('folder', '?'))}",
         f"  checkpoints  {', '.join(checkpoint.names(run.checkpoints)) or 'none'}",
         f"  product      {product or 'not written yet'}",

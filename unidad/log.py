@@ -71,12 +71,22 @@ class Log:
         text = "  ".join(f"{name} {short[name]:.3g}" for name in SHOWN if name in short and (name != "total" or len(short) < 4))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=cycle, losses=text)
-        before, since = self._printed = self._printed or (seconds, cycle)
-        if self.console is not None and not self.console.is_terminal and seconds - before >= 15:
+        if self.console is None or self.console.is_terminal:
+            return
+        if self._printed is None:
+            self._printed = seconds, cycle
+            self.console.print(f"cycle {cycle} of {self._total}  {text}", highlight=False)
+        before, since = self._printed
+        if seconds - before >= 15:
             self._printed = seconds, cycle
             left = (seconds - before) / max(1, cycle - since) * (self._total - cycle) / 60  # at the pace of the last lines
             left = min(left, max(0.0, self._limit - seconds / 60)) if self._limit else left
             self.console.print(f"cycle {cycle} of {self._total}, about {left:.0f} min left  {text}", highlight=False)
+
+    def say(self, sentence: str) -> None:
+        """A line above the bar, or by itself."""
+        if self.console is not None:
+            self.console.print(sentence, highlight=False)
 
     def picture(self, cycle: int, pixels: Tensor) -> None:
         """Store a sample grid as samples/<cycle>.png."""

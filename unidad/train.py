@@ -124,6 +124,7 @@ class Trainer:
                 self.place.seconds = time.monotonic() - started
                 self._after_cycle()
                 if s.max_minutes and any(self.ranks.total([time.monotonic() - session > 60 * s.max_minutes])):
+                    self.log.say(f"Stopped by max_minutes={s.max_minutes:g} in cycle {self.place.cycle} of {s.cycles}.")
                     break
             self._stop_if_asked()
             if self.log.pending:

@@ -40,7 +40,11 @@ MEMORY = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 failed, 2 bad input, 130/143 stopped and saved)."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun or accelerate started
     console = Console(
         stderr=True, quiet=not first, highlight=False, markup=False, soft_wrap=True

@@ -49,7 +49,7 @@ settings: see `unidad train --list-settings`""",
     _add_job(parser)
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
+def _add_job(parser: argparse.ArgumentParser, few_steps: bool = True) -> None:
     parser.add_argument("--out", metavar="RUN", help="folder to make: the product, report.html, grid.png, checkpoints/, samples/")
     parser.add_argument("--source", metavar="MODEL", help="bundled:avatars, a diffusers folder, or a hub id (bundled:avatars)")
     parser.add_argument(
@@ -58,7 +58,9 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         help="with a single Stable Diffusion .safetensors file as --source: a diffusers folder of its family or a hub id, of which only "
         "the small files are used; the file becomes a folder of the same name beside it, once",
     )
-    parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, usually 1 to 4 (3)")
+    parser.set_defaults(steps=None)
+    if few_steps:
+        parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, usually 1 to 4 (3)")
     parser.add_argument("--preset", metavar="NAME", help="named settings, below (avatars for the bundled source)")
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
     parser.add_argument(
@@ -78,7 +80,7 @@ def add_finetune(commands: Commands) -> None:
         _finetune,
     )
     parser.add_argument("--target", metavar="FOLDER", help="folder of pictures, or bundled:NAME")
-    _add_job(parser)
+    _add_job(parser, few_steps=False)
 
 
 def add_distill(commands: Commands) -> None:
@@ -185,8 +187,11 @@ def _unpacked(source: str, config: str) -> str:
 
 
 def _plan(settings: TrainSettings) -> int:
+    from unidad.device import pick_device
+    from unidad.offload import refuse_useless_offload
     from unidad.plan import computation_text, cycle_flops, memory_text, plan, refuse_too_large, sharing
 
+    refuse_useless_offload(settings, pick_device(settings.device))
     found = plan(settings, sharing(settings))
     print(memory_text(found, settings))
     refuse_too_large(found, settings)

@@ -77,7 +77,10 @@ def convert_lora(file: str | Path, out: str | Path, to: str) -> dict[str, Any]:
         CheckpointError: `out` exists or cannot be written.
     """
     path, target = Path(file), Path(out)
-    path = path / IN_RUN if path.is_dir() else path
+    if path.is_dir():
+        path = path / IN_RUN
+        if not path.exists():
+            raise ModelError(f"'{file}' has no {IN_RUN}: it is not a run with LoRA roles (lora_rank=). Give such a run, or a file.")
     if target.exists():
         raise CheckpointError(f"'{target}' exists. Give another --out; nothing was overwritten.")
     if target.suffix != ".safetensors":
