@@ -108,18 +108,22 @@ class Target:
     heldout: Path
 
 
+def drawn(domain: str, out: Path, count: int, prefix: str, *more: str) -> Path:
+    """A folder with that many pictures of a domain, drawn unless they are there."""
+    if not out.is_dir() or sum(1 for _ in out.glob("*.png")) < count:
+        if not (SCRIPTS / "node_modules").is_dir():
+            subprocess.run(["npm", "ci"], cwd=SCRIPTS, check=True)
+        options = {"--domain": domain, "--count": str(count), "--prefix": prefix, "--out": str(out.resolve())}
+        subprocess.run(["node", "draw.mjs", *(word for pair in options.items() for word in pair), *more], cwd=SCRIPTS, check=True)
+    return out
+
+
 def find_target(name: str, folder: Path, count: int = 2000) -> Target:
     """A bundled target, its held-out pictures drawn if they are not there, or a folder with train/ and heldout/."""
     if name not in bundled_names("targets"):
         path = Path(name)
         return Target(path.name, path / "train", path / "heldout")
-    out = folder / name
-    if not out.is_dir() or sum(1 for _ in out.glob("*.png")) < count:
-        if not (SCRIPTS / "node_modules").is_dir():
-            subprocess.run(["npm", "ci"], cwd=SCRIPTS, check=True)
-        options = {"--domain": name, "--count": str(count), "--prefix": "heldout", "--out": str(out.resolve())}
-        subprocess.run(["node", "draw.mjs", *(word for pair in options.items() for word in pair)], cwd=SCRIPTS, check=True)
-    return Target(name, bundled_path(f"bundled:{name}", "targets"), out)
+    return Target(name, bundled_path(f"bundled:{name}", "targets"), drawn(name, folder / name, count, "heldout"))
 
 
 def few(target: Target, shots: int, folder: Path) -> Path:

@@ -4,9 +4,12 @@ import pytest
 import tiny
 import torch
 
-from unidad.augment import AUGMENTATIONS, HOLE, PICTURES, REACH, Augmentation, augment, parse_kinds
+from unidad.adapt import build_method
+from unidad.augment import AUGMENTATIONS, HOLE, PICTURES, REACH, Augmentation, CutMix, augment, parse_kinds
 from unidad.config import TrainSettings, build_settings
+from unidad.data import to_signed
 from unidad.errors import SettingsError
+from unidad.ingredients import gather
 
 ALL = tuple(AUGMENTATIONS)
 
@@ -146,3 +149,47 @@ def test_the_share_is_learnt_from_the_heads_shown_and_carried_to_a_resumed_run(m
 def test_a_target_without_augmentation_is_refused():
     with pytest.raises(SettingsError, match="'augment_target' says how often pictures are augmented, and 'augment' is none"):
         build_settings(TrainSettings, {"augment_target": 0.6})
+
+
+def _numbered(n: int = 5, side: int = 16) -> torch.Tensor:
+    """Pictures of one value each, so that a pixel tells which picture it comes from."""
+    return torch.arange(n, dtype=torch.uint8).mul(50).view(n, 1, 1, 1).expand(n, 3, side, side).contiguous()
+
+
+def test_cutmix_takes_whole_parts_of_other_pictures_at_high_noise_only() -> None:
+    pixels, generator = _numbered(), torch.Generator().manual_seed(0)
+    x = to_signed(pixels[torch.zeros(400, dtype=torch.long)])
+    t = torch.arange(400) * 2  # 0 .. 798
+    mixed = CutMix(pixels, 400.0)(x, t, generator)
+    assert torch.equal(mixed[t < 400], x[t < 400])
+    assert set(mixed.unique().tolist()) == set(to_signed(pixels).unique().tolist()), "every pixel is a picture's own"
+    changed = (mixed != x).flatten(1).float().mean(dim=1)[t >= 400]
+    assert 0.7 < (changed > 0).float().mean() < 0.85, "1 - (1 - 2/3 4/5)^2 = 0.78"
+    assert changed.max() < 1
+
+
+def test_cutmix_parts_are_bands_to_the_bottom_or_boxes(monkeypatch) -> None:
+    monkeypatch.setattr("unidad.augment.PARTS", 1)
+    pixels, generator = _numbered(2, 20), torch.Generator().manual_seed(1)
+    other = CutMix(pixels[1:], 0.0)
+    t = torch.zeros(300, dtype=torch.long)
+    taken = (other(to_signed(pixels[:1]).expand(300, 3, 20, 20), t, generator) == to_signed(pixels[1:])).all(dim=1)
+    whole_rows = taken.all(dim=2).sum(dim=1)
+    assert 0.25 < (whole_rows > 0).float().mean() < 0.41, "a band in one picture of three"
+    assert 0.25 < (taken.flatten(1).any(dim=1) & (whole_rows == 0)).float().mean() < 0.41, "a box in as many"
+    assert whole_rows.max() <= 15, "the upper quarter stays"
+    assert (taken[whole_rows > 0][:, -1]).all(), "bands reach the bottom"
+
+
+def test_cutmix_is_off_unless_asked_for_and_reaches_every_teacher(source, picture_folder) -> None:
+    """At the timestep law's own t: what the target teacher is asked for differs from the pictures above the limit alone."""
+    for method in ("uni-dad", "finetune", "adapt-then-distill"):
+        for above, network in ((1.0, False), (0.4, True)):
+            values = {"source": str(source), "method": method, "cutmix_above": above, "target_warmup": 1, "cycles": 4}
+            values |= {"a": 1.0} if method != "finetune" else {}
+            s = build_settings(TrainSettings, values)
+            parts = gather(s, str(picture_folder))
+            made = build_method(s, parts, torch.device("cpu"), torch.Generator().manual_seed(0))
+            mix = made._options["mix"] if method == "finetune" else made._mix
+            assert (mix is not None) == network
+            assert mix is None or (mix.above, len(mix.pixels)) == (400.0, 10)

@@ -11,6 +11,7 @@ import torch
 from test_train import assert_same_state, make, record
 
 from unidad import checkpoint
+from unidad.augment import CutMix
 from unidad.cli import main
 from unidad.heads import build_heads
 from unidad.losses import denoising_loss
@@ -150,13 +151,26 @@ def test_denoising_at_one_timestep_is_the_loss_by_hand():
     assert torch.equal(loss, denoising_loss(x, model.x0(alpha * x + sigma * eps, t), alpha, sigma, "v"))
 
 
-@pytest.mark.parametrize(("law", "below_a_quarter"), [("uniform", 0.25), ("quadratic", 0.5)])
+@pytest.mark.parametrize(
+    ("law", "below_a_quarter"), [("uniform", 0.25), ("quadratic", 0.5), ("detail", (2 * 0.625**0.5 + 0.5) / 3)]
+)
 def test_a_model_is_trained_at_all_timesteps_by_the_law_that_is_set(law, below_a_quarter):
     model, asked = tiny.backbone(1), []
     model.x0 = lambda x_t, t, labels=None: asked.append(t) or x_t
     Finetune(model, torch.Generator().manual_seed(0), "v", law=law).loss(torch.rand(4000, *tiny.SHAPE))
     assert abs(float((asked[0] < 250).float().mean()) - below_a_quarter) < 0.03
     assert int(asked[0].max()) > 990, "pure noise too"
+
+
+def test_a_model_learns_from_composites_at_high_noise_only(monkeypatch):
+    model, told, clean = tiny.backbone(1), [], []
+    model.x0 = lambda x_t, t, labels=None: told.append(t) or x_t
+    monkeypatch.setattr("unidad.methods.finetune.denoising_loss", lambda x, *_rest, **_more: clean.append(x) or x.sum())
+    white = torch.full((1, *tiny.SHAPE), 255, dtype=torch.uint8)
+    Finetune(model, torch.Generator().manual_seed(0), "v", mix=CutMix(white, 500.0)).loss(torch.full((300, *tiny.SHAPE), -1.0))
+    pieced = (clean[0] == 1).flatten(1).any(dim=1)
+    assert not pieced[told[0] < 500].any()
+    assert pieced[told[0] >= 500].float().mean() > 0.8, "8 of 9"
 
 
 # -- from the command line --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from unidad import checkpoint
+from unidad.augment import CutMix
 from unidad.backbones.base import Backbone
 from unidad.backbones.load_text import is_text_to_image
 from unidad.config import TrainSettings, as_dict
@@ -38,9 +39,11 @@ from unidad.train import Trainer
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
     network, values, label = tuned(parts.networks(device), settings), as_dict(settings), parts.label(settings)
+    mixes = settings.cutmix_above < 1
+    mix = CutMix(parts.pictures.pixels.to(device), settings.cutmix_above * len(parts.source.backbone.schedule)) if mixes else None
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)
-        return Finetune(start, generator, settings.denoising, label, parts.student_steps, settings.denoising_law)
+        return Finetune(start, generator, settings.denoising, label, parts.student_steps, settings.denoising_law, mix)
     objective = Objective(**{name: values[name] for name in Objective.__dataclass_fields__ if name in values})
     fake = network("fake_teacher")
     assert parts.student_steps is not None
@@ -53,6 +56,7 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
         "student_steps": parts.student_steps,
         "batch_size": settings.batch_size,
         "generator": generator,
+        "mix": mix,
         "label": label,
         "contexts": parts.contexts,
         "transfer": settings.transfer,

@@ -1,13 +1,15 @@
 """Differentiable augmentation of what the discriminator sees, against its learning ten pictures by heart: DiffAugment (arXiv 2006.10738),
-or as much of it as is needed (ADA, arXiv 2006.06676).
+or as much of it as is needed (ADA, arXiv 2006.06676). And of what a teacher learns from at high noise, against its learning whole
+pictures by heart: parts of two or three in one (CutMix, arXiv 1905.04899).
 
-Real pictures and student samples go through the same law, and gradients flow back to the student, so that the student is not taught
+For the discriminator, real pictures and student samples go through the same law, and gradients flow back to the student, so that the student is not taught
 to draw augmented pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor
 
 PICTURES = 5000  # real ones that the heads see while the share of augmented pictures goes from none to all, or back
 REACH = 1 / 8  # of the side: how far "translate" moves a picture
+PARTS = 2  # of other pictures that CutMix puts in, at the most
 HOLE = 1 / 2  # of the side: the square that "cutout" blanks
 
 
@@ -73,6 +76,43 @@ class Augmentation:
             return carried
         self.p = carried[-1].to(self.p)
         return carried[:-1]
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Pieces pictures together at high noise: layouts are learnt from composites, and everything finer from whole pictures.
+
+    Ours, after arXiv 1905.04899. Composites have seams, which noise above `above` hides, and a denoiser at less noise mends. It suits
+    targets whose pictures share a layout, as faces cut alike do.
+
+    Args:
+        pixels: [N, C, H, W] uint8, to take parts from, on the device of what is pieced together.
+        above: timestep from which on.
+    """
+
+    pixels: Tensor
+    above: float
+
+    def __call__(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """x, [B, C, H, W] in [-1, 1], in which, where t, [B] int64, is at least `above`, PARTS parts in turn come from other pictures:
+        each of them nothing, all below a line, or a rectangle, with the same chance.
+        """
+        for _ in range(PARTS):
+            others = torch.randint(0, len(self.pixels), (len(x),), generator=generator, device=x.device)
+            kind = torch.randint(0, 3, (len(x), 1, 1, 1), generator=generator, device=x.device)
+            rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in x.shape[-2:])
+            inside = [_span(x, generator, rows).unsqueeze(-1), _span(x, generator, columns).unsqueeze(-2)]
+            below = (rows > len(rows) * _uniform(x, generator, 0.25, 0.8).squeeze(-1)).unsqueeze(-1)
+            taken = ((kind == 1) & below | (kind == 2) & inside[0] & inside[1]) & (t >= self.above).view(-1, 1, 1, 1)
+            x = torch.where(taken, self.pixels[others].float() / 127.5 - 1, x)
+        return x
+
+
+def _span(x: Tensor, generator: torch.Generator, places: Tensor) -> Tensor:
+    """Which of a side's places, [n], lie in a stretch of 1/4 to 3/5 of it, for each of x: [B, 1, n] bool."""
+    length = _uniform(x, generator, 0.25, 0.6).squeeze(-1) * len(places)
+    start = _uniform(x, generator, 0, 1).squeeze(-1) * (len(places) - length)
+    return (places > start) & (places < start + length)
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:

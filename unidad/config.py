@@ -44,7 +44,9 @@ class LoopSettings:
     clip: float = 10.0  # gradient norm per network
     non_finite: str = "stop"  # at a loss or gradient that is nan or infinite: stop | skip (that update; counted in log.jsonl)
     ema: float = 0.999  # of the product's weights, per cycle; 0: no averaging
-    denoising_law: str = "uniform"  # of t where a model learns to denoise pictures: uniform | quadratic (more at little noise)
+    denoising_law: str = (
+        "uniform"  # of t where a model learns to denoise pictures: uniform | quadratic (more at little noise) | detail (still more)
+    )
     hflip: bool = True  # mirror pictures at random
     log_every: int = 10  # cycles
     sample_every: int = 100  # cycles between sample grids; 0: only at the end
@@ -77,6 +79,7 @@ class TrainSettings(LoopSettings):
     disc_weight: float = 0.03  # lambda_D
     gan_loss: str = "bce"  # bce | hinge | lsgan | wgan-gp
     gan_aggregation: str = "per_head"  # per_head | mean_logit
+    cutmix_above: float = 1.0  # share of T: at more noise, models learn to denoise from pictures pieced together; 1: never
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     augment_target: float = 0.0  # 0: that always; else as often as keeps the heads' mean sign on real pictures there (ADA: 0.6)
     heads: str = "multi"  # multi | single
@@ -144,7 +147,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "heads": HEAD_KINDS,
     "features": GRANULARITIES,
     "timestep_law": TIMESTEP_LAWS,
-    "denoising_law": ("uniform", "quadratic"),
+    "denoising_law": ("uniform", "quadratic", "detail"),
     "denoising": DENOISING_LOSSES,
     "prediction_type": ("epsilon", "v_prediction", "sample"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
@@ -187,6 +190,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "target_cycles": (0, 10**9),
     "transfer": (0, 2),
     "augment_target": (0, 1),
+    "cutmix_above": (0, 1),
     "class_label": (-1, 10**9),
     "size": (8, 4096),
 }

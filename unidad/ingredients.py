@@ -137,6 +137,8 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     steps = fitting_steps(settings, source)
     place = bundled_path(str(target), "targets")
     pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
+    if pictures.masks is not None and settings.cutmix_above < 1:
+        raise SettingsError("'cutmix_above' pieces pictures together, and these have masks. Set it to 1, or take the masks away.")
     return Ingredients(source, pictures, student_init, adapted, steps)
 
 

@@ -6,6 +6,8 @@
 //   node draw.mjs --domain toonHead --count 2000 --prefix heldout --out ../../data/heldout/toonHead
 //   node draw.mjs --domain toonHead --count 10 --prefix target --out ../../unidad/assets/targets/toonHead
 //   node draw.mjs --domain source --count 8000 --captions --out ../../data/told    # what each shows, in metadata.jsonl
+//   node draw.mjs --domain bottts --count 1000 --prefix recombined --parts-of target --out ../../data/recombined/bottts
+//                                                                 # only parts and colours that the ten pictures show
 import { createAvatar } from '@dicebear/core';
 import * as collection from '@dicebear/collection';
 import { Resvg } from '@resvg/resvg-js';
@@ -32,6 +34,7 @@ const { values: options } = parseArgs({
     prefix: { type: 'string', default: 'train' },
     size: { type: 'string', default: '128' },
     captions: { type: 'boolean', default: false },
+    'parts-of': { type: 'string' },
     out: { type: 'string' },
   },
 });
@@ -58,16 +61,35 @@ function told(file) {
 }
 
 const [styleName, styleOptions] = DOMAINS[options.domain];
+
+// DiceBear's generator gives neighbouring seeds alike pictures, so the name is hashed first.
+const avatarOf = (name, more) => {
+  const seed = createHash('sha256').update(name).digest('hex');
+  return createAvatar(collection[styleName], { seed, size, backgroundColor: BACKGROUNDS, ...styleOptions, ...more });
+};
+const nameOf = (prefix, i) => `${prefix}-${String(i).padStart(6, '0')}`;
+
+// Options that allow only what the ten pictures of that prefix show; a part that some of them lack is as rare as in them.
+function partsOf(prefix) {
+  const shown = Array.from({ length: 10 }, (_, i) => avatarOf(nameOf(prefix, i)).toJson().extra);
+  const parts = {};
+  for (const part of Object.keys(shown[0]).filter((key) => !/[bB]ackground/.test(key))) {
+    const values = shown.map((extra) => extra[part]).filter((value) => value !== undefined);
+    parts[part] = [...new Set(values.map((value) => String(value).replace('#', '')))];
+    parts[`${part}Probability`] = 10 * values.length;
+  }
+  return parts;
+}
+
+const allowed = options['parts-of'] ? partsOf(options['parts-of']) : {};
 mkdirSync(options.out, { recursive: true });
 const metadata = join(options.out, 'metadata.jsonl');
 const captions = told(metadata);
 for (let i = start; i < start + count; i++) {
-  const name = `${options.prefix}-${String(i).padStart(6, '0')}`;
+  const name = nameOf(options.prefix, i);
   const file = join(options.out, `${name}.png`);
   if (existsSync(file) && !options.captions) continue;
-  // DiceBear's generator gives neighbouring seeds alike pictures, so the name is hashed first.
-  const seed = createHash('sha256').update(name).digest('hex');
-  const avatar = createAvatar(collection[styleName], { seed, size, backgroundColor: BACKGROUNDS, ...styleOptions });
+  const avatar = avatarOf(name, allowed);
   if (options.captions) {
     const text = caption(styleName, avatar.toJson().extra);
     captions.set(`${name}.png`, JSON.stringify({ file_name: `${name}.png`, text }));

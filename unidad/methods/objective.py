@@ -27,7 +27,7 @@ class Objective:
         augment: what is done to every picture the heads see, such as "flip,translate"; see `unidad.augment`.
         augment_target: 0 does it always; above 0, only as often as keeps the heads from being surer of the real pictures (ADA).
         timestep_law: of t in L_DMD, "uniform" in 0.02T..0.98T, "karras" or "quadratic" (see `NoiseSchedule`).
-        denoising_law: of t in the target teacher's own loss, "uniform" (METHOD §6) or "quadratic".
+        denoising_law: of t in the target teacher's own loss, "uniform" (METHOD §6), "quadratic" or "detail".
         shared_forward: one fake-teacher forward serves L_fk and the fake half of L_D; not with `augment`, which L_fk must not see.
         joint_batch: where that is not so, the heads see real and fake pictures in one batch instead of two.
     """

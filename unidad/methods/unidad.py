@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unidad.augment import Augmentation
+from unidad.augment import Augmentation, CutMix
 from unidad.backbones.base import Backbone, guided
 from unidad.distributed import shared_draws, sum_over_processes
 from unidad.losses import (
@@ -50,6 +50,7 @@ class UniDAD(Method):
         transfer: where the student begins to learn, so much of what the target teacher has learnt since `origin` is added to its
             weights, and the fake teacher takes the target teacher's (`handover.add_change`); 0 leaves both as given. Not in the paper.
         origin: the source model's weights, for `transfer`.
+        mix: of the pictures the target teacher learns from, see `CutMix`. Not in the paper.
         label: class of every picture, for class-conditional networks.
         contexts: each student sample is drawn under one of the labels 0..contexts-1 at random, and that label goes with it to every
             network; target pictures keep `label`. 1: all under `label`. The heads are told `label` with every picture: with labels of
@@ -78,6 +79,7 @@ class UniDAD(Method):
         target_cycles: int | None = None,
         transfer: float = 0.0,
         origin: Mapping[str, Tensor] | None = None,
+        mix: CutMix | None = None,
         label: int | None = None,
         contexts: int = 1,
     ):
@@ -100,7 +102,7 @@ class UniDAD(Method):
         learners = ("fake_teacher", "heads") if objective.uses_gan else ("fake_teacher",)
         trains_target = objective.uses_target and train_target
         first, k = target_warmup if trains_target else 0, objective.fake_updates
-        self._first, self.transfer, self._origin = first, transfer, origin
+        self._first, self.transfer, self._origin, self._mix = first, transfer, origin, mix
         looks = objective.anchor_weight > 0 and objective.anchor == "pictures"
         self.phases = [
             Phase("student", ("student",), 1, self.student_loss, looks, begins=first),
@@ -334,5 +336,6 @@ class UniDAD(Method):
         """L_denoise on the target pictures, [B, C, H, W], under their own labels and where their own masks say, if they have them."""
         assert self.target_teacher is not None
         label = self.label if labels is None else labels
-        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label, law=self.o.denoising_law, mask=masks)
+        law = self.o.denoising_law
+        loss = denoise(self.target_teacher, pictures, self.generator, self.o.denoising, label, law=law, mask=masks, mix=self._mix)
         return {"target": loss, "total": loss}
