@@ -158,18 +158,17 @@ def _numbered(n: int = 5, side: int = 16) -> torch.Tensor:
 
 def test_cutmix_takes_whole_parts_of_other_pictures_at_high_noise_only() -> None:
     pixels, generator = _numbered(), torch.Generator().manual_seed(0)
-    x = to_signed(pixels[torch.zeros(400, dtype=torch.long)])
-    t = torch.arange(400) * 2  # 0 .. 798
+    x = to_signed(pixels[torch.zeros(2000, dtype=torch.long)])
+    t = torch.arange(2000) % 400 * 2  # 0 .. 798
     mixed = CutMix(pixels, 400.0)(x, t, generator)
     assert torch.equal(mixed[t < 400], x[t < 400])
     assert set(mixed.unique().tolist()) == set(to_signed(pixels).unique().tolist()), "every pixel is a picture's own"
     changed = (mixed != x).flatten(1).float().mean(dim=1)[t >= 400]
-    assert 0.7 < (changed > 0).float().mean() < 0.85, "1 - (1 - 2/3 4/5)^2 = 0.78"
+    assert 0.48 < (changed > 0).float().mean() < 0.58, "2/3 4/5 = 0.53"
     assert changed.max() < 1
 
 
-def test_cutmix_parts_are_bands_to_the_bottom_or_boxes(monkeypatch) -> None:
-    monkeypatch.setattr("unidad.augment.PARTS", 1)
+def test_cutmix_parts_are_bands_to_the_bottom_or_boxes() -> None:
     pixels, generator = _numbered(2, 20), torch.Generator().manual_seed(1)
     other = CutMix(pixels[1:], 0.0)
     t = torch.zeros(300, dtype=torch.long)

@@ -170,7 +170,7 @@ def test_a_model_learns_from_composites_at_high_noise_only(monkeypatch):
     Finetune(model, torch.Generator().manual_seed(0), "v", mix=CutMix(white, 500.0)).loss(torch.full((300, *tiny.SHAPE), -1.0))
     pieced = (clean[0] == 1).flatten(1).any(dim=1)
     assert not pieced[told[0] < 500].any()
-    assert pieced[told[0] >= 500].float().mean() > 0.8, "8 of 9"
+    assert abs(pieced[told[0] >= 500].float().mean() - 2 / 3) < 0.12
 
 
 # -- from the command line --------------------------------------------------------------------------------------------

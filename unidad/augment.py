@@ -1,6 +1,6 @@
 """Differentiable augmentation of what the discriminator sees, against its learning ten pictures by heart: DiffAugment (arXiv 2006.10738),
 or as much of it as is needed (ADA, arXiv 2006.06676). And of what a teacher learns from at high noise, against its learning whole
-pictures by heart: parts of two or three in one (CutMix, arXiv 1905.04899).
+pictures by heart: parts of two in one (CutMix, arXiv 1905.04899).
 
 For the discriminator, real pictures and student samples go through the same law, and gradients flow back to the student, so that the student is not taught
 to draw augmented pictures.
@@ -17,7 +17,6 @@ from torch import Tensor
 
 PICTURES = 5000  # real ones that the heads see while the share of augmented pictures goes from none to all, or back
 REACH = 1 / 8  # of the side: how far "translate" moves a picture
-PARTS = 2  # of other pictures that CutMix puts in, at the most
 HOLE = 1 / 2  # of the side: the square that "cutout" blanks
 
 
@@ -94,18 +93,16 @@ class CutMix:
     above: float
 
     def __call__(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """x, [B, C, H, W] in [-1, 1], in which, where t, [B] int64, is at least `above`, PARTS parts in turn come from other pictures:
-        each of them nothing, all below a line, or a rectangle, with the same chance.
+        """x, [B, C, H, W] in [-1, 1], in which, where t, [B] int64, is at least `above`, a part may come from another picture: with a third
+        of the chance each nothing, all below a line, or a rectangle.
         """
-        for _ in range(PARTS):
-            others = torch.randint(0, len(self.pixels), (len(x),), generator=generator, device=x.device)
-            kind = torch.randint(0, 3, (len(x), 1, 1, 1), generator=generator, device=x.device)
-            rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in x.shape[-2:])
-            inside = [_span(x, generator, rows).unsqueeze(-1), _span(x, generator, columns).unsqueeze(-2)]
-            below = (rows > len(rows) * _uniform(x, generator, 0.25, 0.8).squeeze(-1)).unsqueeze(-1)
-            taken = ((kind == 1) & below | (kind == 2) & inside[0] & inside[1]) & (t >= self.above).view(-1, 1, 1, 1)
-            x = torch.where(taken, self.pixels[others].float() / 127.5 - 1, x)
-        return x
+        others = torch.randint(0, len(self.pixels), (len(x),), generator=generator, device=x.device)
+        kind = torch.randint(0, 3, (len(x), 1, 1, 1), generator=generator, device=x.device)
+        rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in x.shape[-2:])
+        inside = _span(x, generator, rows).unsqueeze(-1) & _span(x, generator, columns).unsqueeze(-2)
+        below = (rows > len(rows) * _uniform(x, generator, 0.25, 0.8).squeeze(-1)).unsqueeze(-1)
+        taken = ((kind == 1) & below | (kind == 2) & inside) & (t >= self.above).view(-1, 1, 1, 1)
+        return torch.where(taken, self.pixels[others].float() / 127.5 - 1, x)
 
 
 def _span(x: Tensor, generator: torch.Generator, places: Tensor) -> Tensor:
