@@ -23,7 +23,7 @@ from test_train import make
 from tiny import words
 
 from unidad import checkpoint
-from unidad.augment import augment
+from unidad.augment import CutMix, augment
 from unidad.cli import main
 from unidad.distributed import _Rows, shared_draws
 from unidad.export import save_source
@@ -222,6 +222,7 @@ def test_rows_of_draws_are_draws_of_the_whole() -> None:
             *parts,
             torch.rand((n,), generator=generator),
             augment(x, ("flip", "translate", "cutout"), generator),
+            CutMix(torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1).expand(9, 3, 8, 8), 0.0)(x, torch.zeros(n), generator),
         ]
 
     whole = draws(torch.Generator().manual_seed(0), 6)

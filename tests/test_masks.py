@@ -13,7 +13,7 @@ from PIL import Image
 from unidad.adapt import train
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, load_folder, open_picture
-from unidad.errors import DataError
+from unidad.errors import DataError, SettingsError
 from unidad.ingredients import gather
 from unidad.losses import DENOISING_LOSSES, denoising_loss
 from unidad.masks import with_masks
@@ -182,6 +182,11 @@ def test_the_stream_mirrors_masks_with_pictures(photos: Path, source: Path):
         turned = not torch.equal(picture, first)
         assert torch.equal(found, masks[0].flip(-1) if turned else masks[0])
     assert len(masks.unique(dim=0)) == 2
+
+
+def test_masked_photos_are_not_pieced_together(photos: Path, source: Path):
+    with pytest.raises(SettingsError, match="cutmix_above"):
+        gather(build_settings(TrainSettings, {"source": str(source), "cutmix_above": 0.5}), photos)
 
 
 @pytest.mark.usefixtures("no_report")

@@ -166,6 +166,7 @@ def test_more_steps_and_timesteps_of_one_s_own(folder: Path, picture_folder: Pat
         ({"class_prompt": ""}, "--class-prompt"),
         ({"method": "finetune"}, "finetune"),
         ({"class_label": 3}, "class_label"),
+        ({"cutmix_above": 0.5}, "cutmix_above"),
         ({"timesteps": "1000"}, "last is 999"),
         ({"timesteps": "399,999"}, "must fall"),
         ({"prompt": "cat " * 80}, "77"),
