@@ -10,14 +10,15 @@ import tiny
 import torch
 from PIL import Image
 
-from unidad.adapt import train
+from unidad.adapt import build_method, train
 from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, load_folder, open_picture
-from unidad.errors import DataError, SettingsError
+from unidad.errors import DataError
 from unidad.ingredients import gather
 from unidad.losses import DENOISING_LOSSES, denoising_loss
 from unidad.masks import with_masks
 from unidad.methods.finetune import denoise
+from unidad.methods.unidad import UniDAD
 
 CPU = torch.device("cpu")
 
@@ -185,8 +186,12 @@ def test_the_stream_mirrors_masks_with_pictures(photos: Path, source: Path):
 
 
 def test_masked_photos_are_not_pieced_together(photos: Path, source: Path):
-    with pytest.raises(SettingsError, match="cutmix_above"):
-        gather(build_settings(TrainSettings, {"source": str(source), "cutmix_above": 0.5}), photos)
+    s = build_settings(TrainSettings, {"source": str(source), "cutmix_above": 0.5})
+    parts = gather(s, photos)
+    assert "cutmix_above" in parts.pictures.notes[-1]
+    method = build_method(s, parts, CPU, torch.Generator().manual_seed(0))
+    assert isinstance(method, UniDAD)
+    assert method._mix is None
 
 
 @pytest.mark.usefixtures("no_report")

@@ -39,7 +39,7 @@ from unidad.train import Trainer
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
     network, values, label = tuned(parts.networks(device), settings), as_dict(settings), parts.label(settings)
-    mixes = settings.cutmix_above < 1
+    mixes = settings.cutmix_above < 1 and parts.pictures.masks is None
     mix = CutMix(parts.pictures.pixels.to(device), settings.cutmix_above * len(parts.source.backbone.schedule)) if mixes else None
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)

@@ -138,7 +138,7 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     place = bundled_path(str(target), "targets")
     pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
     if pictures.masks is not None and settings.cutmix_above < 1:
-        raise SettingsError("'cutmix_above' pieces pictures together, and these have masks. Set it to 1, or take the masks away.")
+        pictures.notes.append("These pictures have masks, so none is pieced together with another ('cutmix_above').")
     return Ingredients(source, pictures, student_init, adapted, steps)
 
 
