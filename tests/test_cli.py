@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from unidad import info, ingredients
 from unidad.cli import main
+from unidad.config import TrainSettings
 from unidad.report import read_log
 
 TINY = ["--set", "cycles=4", "--set", "batch_size=2", "--set", "fake_updates=2", "--set", "log_every=1", "--set", "sample_every=2"]
@@ -118,6 +122,24 @@ def test_resume_is_the_same_run(
     ):
         assert (tmp_path / "r" / name.format(part)).read_bytes() == (run / name.format(part)).read_bytes(), part
     assert len(read_log(tmp_path / "r" / "log.jsonl")) == 4
+
+
+def test_settings_are_listed_as_a_config_file_that_says_what_each_is(capsys) -> None:
+    assert main(["train", "--preset", "avatars", "--set", "a=0.5", "--list-settings"]) == 0
+    listed = capsys.readouterr().out
+    assert yaml.safe_load(listed).keys() == {field.name for field in dataclasses.fields(TrainSettings)}
+    assert yaml.safe_load(listed)["a"] == 0.5
+    assert "  # weight of the target teacher against the source teacher\n" in listed
+
+
+def test_an_unfinished_run_is_drawn_from_with_a_note(run: Path, tmp_path: Path, capsys) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "student")
+    assert main(["sample", str(copy), "-n", "1", "--out", str(tmp_path / "pictures")]) == 0
+    assert "has not finished: this is its checkpoint of cycle 4." in capsys.readouterr().err
+    (copy / "log.jsonl").unlink()
+    assert main(["info", str(copy)]) == 0
+    assert "cycle 4 of 4, no log line yet" in capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture, *args: str) -> str:

@@ -244,7 +244,9 @@ def test_empty_missing_and_wrong_folders(tmp_path):
         load_folder(tmp_path / "notes.txt", 16)
     with pytest.raises(DataError, match="holds no pictures"):
         load_folder(tmp_path, 16)
+    (tmp_path / "cats").mkdir()
     (tmp_path / "dogs").mkdir()
+    (tmp_path / "dogs" / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="'dogs': give that folder"):
         load_folder(tmp_path, 16)
 

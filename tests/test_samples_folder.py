@@ -156,7 +156,7 @@ def test_only_the_same_pictures_are_gone_on_with(student, tmp_path, capsys):
     assert main([*words[:-1], str(tmp_path / "b"), "--resume"]) == 2
     assert "cannot be gone on with" in capsys.readouterr().err
     assert contents(tmp_path / "a") == before
-    assert main([*words, "--resume", "-n", "3"]) == 0
+    assert main([*words, "--resume", "-n", "3", "--batch-size", "1"]) == 0
     assert contents(tmp_path / "a").keys() == before.keys() | {"000002.png"}
 
 

@@ -140,6 +140,9 @@ def train(
             product = whole_copy(trainer.product, parts.networks(device)("student")) if shard else trainer.product
         ranks.end()  # the others need not wait for what the first one writes
         if ranks.first:
+            say(
+                f"Trained and saved. Writing {parts.product_folder}/, grid.png and report.html, for which pictures are drawn and scored."
+            )
             finish(run, product, parts, settings, target)
     return run
 

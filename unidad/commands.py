@@ -70,6 +70,7 @@ def load_product(name: str | Path) -> Model:
         raise CheckpointError(f"'{path}' has no checkpoint yet. Go on with --resume.")
     settings = build_settings(TrainSettings, facts["settings"])
     model = open_model(settings.source)
+    warnings.warn(f"'{path}' has not finished: this is its checkpoint of cycle {found[0].lstrip('0')}.", stacklevel=2)
     tensors = found[1].tensors
     averaged = {k.removeprefix("module."): v for k, v in tensors.get("ema", {}).items() if k.startswith("module.")}
     try:
@@ -138,7 +139,7 @@ def _grid(student: Model, steps: int | None) -> list[int]:
         raise SettingsError(f"--steps: {error}.") from None
     learnt = len(student.student_steps)
     warnings.warn(
-        f"The student learnt to draw in {learnt} steps; expect worse pictures in {steps}. Leave --steps out.", stacklevel=2
+        f"The student learnt to draw in {learnt} steps; expect worse pictures in {steps}. Leave --steps out.", stacklevel=1
     )
     return other
 
@@ -208,13 +209,7 @@ def sample_to_folder(
         if prompts:
             raise SettingsError(f"'{model.name}' is no text-to-image model: leave out --prompt.")
         _check_numbers(n, steps, seed, batch_size)
-        made_with = {
-            "model": weights_digest(model.backbone),
-            "steps": steps,
-            "seed": seed,
-            "label": label,
-            "batch_size": batch_size,
-        }
+        made_with = {"model": weights_digest(model.backbone), "steps": steps, "seed": seed, "label": label}
         _check_drawing(model, steps, label)
         if ranks.first:
             open_samples(out, made_with, resume)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -26,12 +28,12 @@ from unidad.rollout import ROLLOUT_GRADS
 class LoopSettings:
     """What every training run has. Rates are per update; `cycles` is the length of the run."""
 
-    seed: int = 0
+    seed: int = 0  # of weights, noise and the order of pictures
     device: str = "auto"  # auto | cpu | cuda | mps
     precision: str = "auto"  # auto | fp32 | bf16 (autocast; weights stay float32)
-    cycles: int = 1000
+    cycles: int = 1000  # length of the run: one update of the student in each, k of the fake teacher, one of the target teacher
     max_minutes: float = 0.0  # stop early, saved and resumable, after so many minutes of training; 0: no limit
-    batch_size: int = 8
+    batch_size: int = 8  # pictures an update
     accumulation: int = 1  # micro-batches per update
     lr: float = 1e-4
     lr_decay: str = "constant"  # constant | cosine (to 0 at the last cycle in which a network learns)
@@ -44,9 +46,7 @@ class LoopSettings:
     clip: float = 10.0  # gradient norm per network
     non_finite: str = "stop"  # at a loss or gradient that is nan or infinite: stop | skip (that update; counted in log.jsonl)
     ema: float = 0.999  # of the product's weights, per cycle; 0: no averaging
-    denoising_law: str = (
-        "uniform"  # of t where a model learns to denoise pictures: uniform | quadratic (more at little noise) | detail (still more)
-    )
+    denoising_law: str = "uniform"  # of t where models learn: uniform | quadratic (more at little noise) | detail (still more)
     hflip: bool = True  # mirror pictures at random
     log_every: int = 10  # cycles
     sample_every: int = 100  # cycles between sample grids; 0: only at the end
@@ -59,7 +59,7 @@ class LoopSettings:
 class TrainSettings(LoopSettings):
     """A Uni-DAD run; METHOD §3-§7 explain the names."""
 
-    source: str = "bundled:avatars"
+    source: str = "bundled:avatars"  # bundled:NAME | folder saved by diffusers | hub id
     method: str = "uni-dad"  # uni-dad | finetune | adapt-then-distill | distill-then-adapt (the last three are the paper's rivals)
     student_init: str = "source"  # source | bundled:NAME | folder of a distilled student
     target_teacher: str = "online"  # online | off | folder of a model already adapted to the target (frozen)
@@ -74,7 +74,7 @@ class TrainSettings(LoopSettings):
     grid: str = "lcm"  # lcm | edm | fine (lcm with its last step at little noise)
     rollout_grad: str = "all"  # all | last | random
     a: float = 0.25  # weight of the target teacher against the source teacher
-    dmd_weight: float = 1.0
+    dmd_weight: float = 1.0  # of dual-domain distribution matching; 1 in the paper
     gan_weight: float = 0.01  # lambda_G
     disc_weight: float = 0.03  # lambda_D
     gan_loss: str = "bce"  # bce | hinge | lsgan | wgan-gp
@@ -90,10 +90,10 @@ class TrainSettings(LoopSettings):
     anchor_pool: int = 256  # trajectories of it kept, an eighth renewed every 16 cycles
     anchor_batch: int = 0  # pictures from them in each student update; 0: batch_size
     fake_updates: int = 5  # k
-    reuse_batch: bool = True
+    reuse_batch: bool = True  # the student's own batch serves the first update of the fake teacher
     timestep_law: str = "uniform"  # uniform | karras | quadratic
     denoising: str = "epsilon"  # epsilon | v | edm
-    shared_forward: bool = True
+    shared_forward: bool = True  # one forward of the fake teacher for its own loss and the heads; without augment only
     joint_batch: bool = False  # the heads see real and fake pictures in one batch; same numbers, fewer and larger operations
     channels_last: bool = False  # weights and activations with channels innermost
     compile: bool = False  # torch.compile of plain predictions; not together with bf16 on a CPU
@@ -250,7 +250,7 @@ def _check(key: str, value: Any) -> None:
     if key in RANGES:
         low, high = RANGES[key]
         if not (math.isfinite(value) and low <= value <= high):
-            raise SettingsError(f"'{key}' must lie between {low:g} and {high:g}, not {value:g}.")
+            raise SettingsError(f"'{key}' must lie between {low:.10g} and {high:.10g}, not {value:.10g}.")
 
 
 def _check_together(settings: LoopSettings) -> None:
@@ -373,6 +373,15 @@ def parse_overrides(pairs: list[str]) -> dict[str, str]:
             raise SettingsError(f"'--set {pair}' must look like key=value, for example --set a=0.5.")
         result[key.strip()] = value.strip()
     return result
+
+
+def told(kind: type[LoopSettings]) -> dict[str, str]:
+    """What is said of each setting in this file, beside its name; nothing where its source is not at hand."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for each in reversed(kind.__mro__[:-1]):
+            found |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(each), re.MULTILINE)
+    return found
 
 
 def as_dict(settings: LoopSettings) -> dict[str, Any]:

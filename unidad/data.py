@@ -65,7 +65,7 @@ def list_pictures(folder: str | Path) -> list[Path]:
     stems = {p.stem for p in files}
     files = [p for p in files if not (p.stem.endswith(MASK) and p.stem.removesuffix(MASK) in stems)]
     if not files:
-        subfolders = [p.name for p in inside if p.is_dir()]
+        subfolders = [p.name for p in inside if p.is_dir() and any(f.suffix.lower() in SUFFIXES for f in p.glob("*"))]
         hint = f" Its pictures may lie in '{subfolders[0]}': give that folder." if subfolders else ""
         raise DataError(f"'{folder}' holds no pictures ({', '.join(SUFFIXES)}).{hint}")
     return files

@@ -167,6 +167,7 @@ def _student_card(steps: list[int], facts: dict[str, Any], stock: bool) -> str:
             f"pipe(batch_size=4, num_inference_steps=None, timesteps={steps}{label}).images",
         )
     warning = "its default of 1000 steps is refused" if stock else "its default is ONE step at a timestep this model never saw"
+    noise = "" if stock else " diffusers warns of timesteps that are not its own; these are the student's."
     return (
         _HEADER.format(tags=", few-step, uni-dad")
         + f"""# A {k}-step generator
@@ -182,7 +183,7 @@ pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
 {call}
 ```
 
-Give the number of steps as shown: {warning}.
+Give the number of steps as shown: {warning}.{noise}
 The same pictures as `unidad sample --seed 0`: add `generator=[torch.Generator().manual_seed(i) for i in range(4)]`.
 
 Trained from: {facts.get("source", "unknown")}. Target pictures: {facts.get("target", "unknown")}.

@@ -88,7 +88,8 @@ def _run(path: Path) -> str:
     run = RunFolder(path)
     facts, rows = run.read(), read_log(run.log)
     settings, data = facts["settings"], facts.get("data", {})
-    cycle = rows[-1]["cycle"] if rows else 0
+    saved = checkpoint.names(run.checkpoints)
+    cycle = max(rows[-1]["cycle"] if rows else 0, int(saved[-1]) if saved and saved[-1].isdigit() else 0)
     minutes = rows[-1]["seconds"] / 60 if rows else 0.0
     of = settings.get("cycles", "?")
     product = next((p for p in (run.student, run.path / "model") if p.is_dir()), None)
@@ -98,9 +99,9 @@ def _run(path: Path) -> str:
         else ""
     )
     lines = [
-        f"{path}: a {facts['kind']} run, cycle {cycle} of {of}, {minutes:.1f} minutes{early}",
+        f"{path}: a {facts['kind']} run, cycle {cycle} of {of}, {f'{minutes:.1f} minutes' if rows else 'no log line yet'}{early}",
         f"  pictures     {data.get('count', '?')} in {data.get('target', data.get('folder', '?'))}",
-        f"  checkpoints  {', '.join(checkpoint.names(run.checkpoints)) or 'none'}",
+        f"  checkpoints  {', '.join(saved) or 'none'}",
         f"  product      {product or 'not written yet'}",
     ]
     if facts["kind"] == "train":
@@ -138,7 +139,9 @@ def doctor() -> tuple[str, bool]:
         free, total = torch.cuda.mem_get_info()
         lines.append(f"device       {torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     else:
-        lines.append(f"device       {'mps' if torch.backends.mps.is_available() else 'cpu'}, {torch.get_num_threads()} threads")
+        lines.append(
+            f"device       {'mps' if torch.backends.mps.is_available() else 'cpu'}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        )
     lines.append(f"precision    {_number_formats()}")
     memory = _free_memory()
     lines.append(f"memory       {'unknown' if memory is None else f'{memory / 1e9:.1f} GB free'}")

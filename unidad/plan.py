@@ -5,10 +5,11 @@ The run's own phases are run on fake tensors, which have shapes and no numbers; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from unidad.errors import SettingsError
 from unidad.ingredients import Ingredients, fitting_steps
 from unidad.ingredients_text import DRAWN_AT_ONCE, TextIngredients, gather_nothing
 from unidad.methods.base import Method, Phase, only_training
+from unidad.methods.unidad import UniDAD
 from unidad.optimizers import moment_bytes
 from unidad.sample import at_once
 
@@ -196,7 +198,8 @@ def _method_without_weights(settings: TrainSettings) -> Method:
 @contextmanager
 def _fake_method(settings: TrainSettings) -> Iterator[Method]:
     """The run's method on fake tensors, which only live inside."""
-    planned = replace(settings, rollout_grad="last") if settings.rollout_grad == "random" else settings
+    planned = replace(settings, cutmix_above=1.0)  # composites of pictures that nobody has read; they take no memory to speak of
+    planned = replace(planned, rollout_grad="last") if settings.rollout_grad == "random" else planned
     method = _method_without_weights(planned)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in _modules(method):
@@ -251,29 +254,48 @@ def _storages(method: Method) -> set[int]:
     return {t.untyped_storage()._cdata for n in _modules(method) for t in [*n.parameters(), *n.buffers()]}
 
 
-def cycle_flops(settings: TrainSettings) -> dict[str, int]:
-    """FLOPs of each phase in one cycle of all phases; later updates of a phase cost what its second does.
+class Cost(NamedTuple):
+    """What a phase computes: FLOPs in a cycle that it belongs to, and how many cycles of the run it does."""
+
+    flops: int
+    cycles: int
+
+
+def phase_costs(settings: TrainSettings) -> dict[str, Cost]:
+    """The cost of each phase, and of the trajectories that a student is regressed onto; later updates of a phase cost what its second does.
 
     Raises:
         UserError: as loading the models does.
     """
     counted = {}
     with _fake_method(settings) as method:
+        pool = method.anchor_pool() if isinstance(method, UniDAD) else None
+        if pool is not None:
+            pool.use()  # filled once, and counted apart
         for phase in _all_phases(method):
             found = [_update_flops(method, phase, settings) for _ in range(min(phase.repeats, 2))]
-            counted[phase.name] = settings.accumulation * (found[0] + (phase.repeats - 1) * found[-1])
+            flops = settings.accumulation * (found[0] + (phase.repeats - 1) * found[-1])
+            last = settings.cycles if phase.ends is None else min(phase.ends, settings.cycles)
+            counted[phase.name] = Cost(flops, max(0, last - phase.begins))
+        if pool is not None and counted["student"].cycles:
+            assert isinstance(method, UniDAD)
+            cycles = counted["student"].cycles
+            drawn = pool.drawn(cycles * settings.accumulation)
+            counted["trajectories"] = Cost(round(drawn / cycles * _flops(partial(method.trajectories, 1))), cycles)
     return counted
 
 
 def _update_flops(method: Method, phase: Phase, settings: TrainSettings) -> int:
-    with (
-        sdpa_kernel(SDPBackend.MATH),  # not every fused kernel's FLOPs are known
-        FlopCounterMode(display=False) as counter,
-        _as_in_training(method, phase, settings) as pictures,
-    ):
-        phase.loss(pictures)["total"].backward()
+    with _as_in_training(method, phase, settings) as pictures:
+        found = _flops(lambda: phase.loss(pictures)["total"].backward())
     for name in phase.trains:
         method.networks[name].zero_grad(set_to_none=True)
+    return found
+
+
+def _flops(run: Callable[[], object]) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # not every fused kernel's FLOPs are known
+        run()
     return counter.get_total_flops()
 
 
@@ -315,14 +337,15 @@ def memory_text(found: Plan, settings: TrainSettings) -> str:
     return "\n".join(lines)
 
 
-def computation_text(flops: Mapping[str, int], settings: TrainSettings) -> str:
+def computation_text(costs: Mapping[str, Cost], settings: TrainSettings) -> str:
     """FLOPs for people, and the time that a matrix product's rate here, measured now, allows."""
     device = pick_device(settings.device)
     rate = matmul_rate(device, torch.bfloat16 if use_bf16(settings.precision, device) else torch.float32)
-    seconds = sum(flops.values()) / rate
-    lines = ["computation, GFLOP a cycle", *(f"  {name:<30}{n / 1e9:>9.1f}" for name, n in flops.items())]
+    seconds = sum(cost.flops * cost.cycles for cost in costs.values()) / rate
+    lines = ["computation, GFLOP a cycle"]
+    lines += [f"  {name:<30}{cost.flops / 1e9:>9.1f}  in {cost.cycles} cycles" for name, cost in costs.items()]
     lines.append(
-        f"at least {seconds:.2f} s a cycle and {seconds * settings.cycles / 3600:.2f} h for {settings.cycles} cycles, "
+        f"at least {seconds / settings.cycles:.2f} s a cycle on average and {seconds / 3600:.2f} h for {settings.cycles} cycles, "
         f"at a matrix product's rate here ({rate / 1e9:.0f} GFLOP/s); `unidad bench train` says what share of it is reached"
     )
     return "\n".join(lines)

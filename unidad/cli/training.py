@@ -147,7 +147,7 @@ def _distill(args: argparse.Namespace, console: Console) -> int:
 
 
 def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping[str, object]) -> int:
-    from unidad.config import TrainSettings, as_dict, build_settings, parse_overrides, read_config
+    from unidad.config import TrainSettings, build_settings, parse_overrides, read_config
     from unidad.presets import PRESETS
 
     chosen = read_config(args.config) if args.config else {}
@@ -160,7 +160,7 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
         raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
     settings = build_settings(TrainSettings, PRESETS.get(preset, {}), layer, chosen, overrides)
     if args.list_settings:
-        print("\n".join(f"{key}: {value}" for key, value in as_dict(settings).items()))
+        print(_listed(settings))
         return 0
     if args.plan:
         return _plan(settings)
@@ -170,6 +170,14 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
     from unidad.adapt import train
 
     return _stoppable(lambda: train(args.target, args.out, settings, args.resume, console).path / "report.html", args.out)
+
+
+def _listed(settings: TrainSettings) -> str:
+    from unidad.config import TrainSettings, as_dict, told
+
+    values = {f"{key}: {value}": key for key, value in as_dict(settings).items()}
+    width, said = max(map(len, values)), told(TrainSettings)
+    return "\n".join(f"{line:{width}}  # {said[key]}" if key in said else line for line, key in values.items())
 
 
 def _unpacked(source: str, config: str) -> str:
@@ -189,13 +197,13 @@ def _unpacked(source: str, config: str) -> str:
 def _plan(settings: TrainSettings) -> int:
     from unidad.device import pick_device
     from unidad.offload import refuse_useless_offload
-    from unidad.plan import computation_text, cycle_flops, memory_text, plan, refuse_too_large, sharing
+    from unidad.plan import computation_text, memory_text, phase_costs, plan, refuse_too_large, sharing
 
     refuse_useless_offload(settings, pick_device(settings.device))
     found = plan(settings, sharing(settings))
     print(memory_text(found, settings))
     refuse_too_large(found, settings)
-    print(computation_text(cycle_flops(settings), settings))
+    print(computation_text(phase_costs(settings), settings))
     return 0
 
 
@@ -209,6 +217,11 @@ def _stoppable(job: Callable[[], Path], out: str) -> int:
     except Stopped as stop:
         tell(f"stopped by {stop} {stop.place}; saved in '{out}'. Go on with the same command and --resume.")
         return stop.code
+    except KeyboardInterrupt:  # while models are loaded, or what comes after training is written
+        if not (Path(out) / "run.json").exists():
+            raise
+        tell(f"stopped. What '{out}' holds is whole; go on with the same command and --resume.")
+        return 130
     return 0
 
 

@@ -37,6 +37,10 @@ class TrajectoryPool:
         self.age += 1
         return self.kept
 
+    def drawn(self, uses: int) -> int:
+        """How many trajectories so many uses of a new pool take."""
+        return self.size + (uses - 1) // REFRESH * max(1, self.size // 8) if uses else 0
+
     def carried(self) -> list[Tensor]:
         """What a checkpoint needs: the pool and its age, or nothing."""
         return [] if self.kept is None else [self.kept, torch.tensor(self.age)]

@@ -142,6 +142,10 @@ class UniDAD(Method):
             else:
                 self._fresh.append((tensor, None))
 
+    def anchor_pool(self) -> TrajectoryPool | None:
+        """The teacher's trajectories, where the student is regressed onto some."""
+        return self._pool if self.o.anchor_weight > 0 and self.o.anchor == "teacher" else None
+
     # -- pieces -------------------------------------------------------------------------------------------------------
 
     def generate(self, grad: str = "all", stop_after: int | None = None, labels: Tensor | None = None) -> Tensor:

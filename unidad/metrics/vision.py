@@ -137,12 +137,16 @@ def _model_type(source: str, download: bool) -> str:
             transformers.AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir() or not download).model_type
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unloadable(source, error) from None
+        raise _unloadable(source, error, download) from None
 
 
-def _unloadable(source: str, error: Exception) -> ModelError:
+def _unloadable(source: str, error: Exception, download: bool) -> ModelError:
+    if download or Path(source).is_dir():
+        cause = f"cannot be loaded here: {' '.join(str(error).split())[:200]}"
+    else:
+        cause = "is no folder, and not in the local cache of downloaded models."
     return ModelError(
-        f"'{source}' cannot be loaded here: {' '.join(str(error).split())[:200]} Give a folder saved by transformers with "
+        f"'{source}' {cause} Give a folder saved by transformers with "
         "--weights FOLDER (--track sdp: --dino or --clip FOLDER), or let --download fetch a hub id."
     )
 
@@ -158,7 +162,7 @@ def _load(family: str, source: str, download: bool) -> Any:
     try:
         network, report = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unloadable(source, error) from None
+        raise _unloadable(source, error, download) from None
     if report["missing_keys"]:
         raise ModelError(f"'{source}' lacks weights, among them '{min(report['missing_keys'])}'. Get the model anew.")
     return network
