@@ -176,7 +176,7 @@ def _listed(settings: TrainSettings) -> str:
     from unidad.config import TrainSettings, as_dict, told
 
     values = {f"{key}: {value}": key for key, value in as_dict(settings).items()}
-    width, said = max(map(len, values)), told(TrainSettings)
+    width, said = min(40, max(map(len, values))), told(TrainSettings)
     return "\n".join(f"{line:{width}}  # {said[key]}" if key in said else line for line, key in values.items())
 
 
