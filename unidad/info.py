@@ -139,9 +139,9 @@ def doctor() -> tuple[str, bool]:
         free, total = torch.cuda.mem_get_info()
         lines.append(f"device       {torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     else:
-        lines.append(
-            f"device       {'mps' if torch.backends.mps.is_available() else 'cpu'}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-        )
+        threads = torch.get_num_threads()
+        kind = "mps" if torch.backends.mps.is_available() else "cpu"
+        lines.append(f"device       {kind}, {threads} thread{'s' if threads > 1 else ''}")
     lines.append(f"precision    {_number_formats()}")
     memory = _free_memory()
     lines.append(f"memory       {'unknown' if memory is None else f'{memory / 1e9:.1f} GB free'}")
