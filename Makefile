@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Processes that run the tests, a gigabyte or two each.
+JOBS ?= 2
 
 .PHONY: demo test lint bench soak least clean
 
@@ -15,8 +17,8 @@ demo: $(READY)  ## adapt and distil the bundled model to ten bundled pictures, w
 	$(BIN)/unidad train --preset avatars-demo --target bundled:toonHead --out runs/demo --resume
 	@echo "Open runs/demo/report.html; the pictures are in runs/demo/grid.png, the generator in runs/demo/student"
 
-test: $(READY) lint  ## lint, types and tests
-	$(BIN)/python -m pytest
+test: $(READY) lint  ## lint, types and tests; JOBS=4 for more processes
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

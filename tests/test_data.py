@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 from unidad.data import MAX_PIXELS, PictureStream, list_pictures, load_folder, open_picture, picture_grid, to_signed, to_uint8
 from unidad.errors import DataError
+from unidad.info import describe_path
 
 
 def gradient(w: int = 40, h: int = 36) -> np.ndarray:
@@ -53,6 +54,14 @@ def broken(tmp_path: Path, kind: str) -> Path:
         image.save(stream, format="JPEG" if "jpeg" in kind else "PNG")
         path.write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
     return path
+
+
+def test_all_files_that_cannot_be_used_are_named_at_once(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.png' is not a picture.*Nor can b\.png be used"):
+        load_folder(tmp_path, 8)
+    assert "2 of them cannot be used" in describe_path(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["truncated png", "truncated jpeg", "text", "empty", "eps", "svg"])

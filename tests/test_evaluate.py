@@ -171,6 +171,15 @@ def test_evaluate_without_what_some_scores_need():
     for scores in (few, no_heldout, alone):
         assert scores.keys() == few.keys()
         assert "-" in table(scores)
+    assert "more than 5 pictures" in table(few)
+    assert "--train FOLDER" in table(few)
+    assert "held-out pictures in --reference" in table(no_heldout)
+
+
+def test_the_table_warns_of_few_pictures():
+    few, many = (table(evaluate(pictures(n, 1), pictures(n, 2), pictures(9, 3), Flat())) for n in (499, 500))
+    assert "fewer than 500" in few
+    assert "fewer than 500" not in many
 
 
 def test_evaluate_in_the_papers_mode_scores_small_clusters_0():

@@ -143,7 +143,12 @@ def load_folder(folder: str | Path, size: int, limit: int | None = None) -> Pict
 def load_files(files: list[Path], size: int, folder: str | Path) -> PictureSet:
     """`load_folder` for chosen files of a folder, at least one."""
     with ThreadPoolExecutor(4) as pool:
-        squares = list(pool.map(lambda p: _square(p, size), files))
+        tried = list(pool.map(lambda p: _square_or_why_not(p, size), files))
+    refused = {path.name: why for path, why in zip(files, tried, strict=True) if isinstance(why, DataError)}
+    if refused:
+        name, *others = refused
+        raise DataError(f"{refused[name]} {_also(others)}".strip())
+    squares = [square for square in tried if not isinstance(square, DataError)]
     small = [f"{p.name} ({w}x{h})" for p, (a, _, (w, h)) in zip(files, squares, strict=True) if a is None]
     if small:
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""
@@ -158,6 +163,21 @@ def load_files(files: list[Path], size: int, folder: str | Path) -> PictureSet:
     notes += _duplicates(pixels, [p.name for p in files])
     digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
     return PictureSet(pixels, [p.name for p in files], digest, notes)
+
+
+def _square_or_why_not(path: Path, size: int) -> tuple[np.ndarray | None, list[str], tuple[int, int]] | DataError:
+    try:
+        return _square(path, size)
+    except DataError as error:
+        return error
+
+
+def _also(names: list[str]) -> str:
+    """The sentence about further files that cannot be used, after the one about the first."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"Nor can {', '.join(names[:5])}{more} be used."
 
 
 def _duplicates(pixels: Tensor, names: list[str]) -> list[str]:

@@ -114,17 +114,19 @@ def _run(path: Path) -> str:
 
 def _pictures(path: Path) -> str:
     files = list_pictures(path)
-    sizes, notes = [], []
+    sizes, notes, refused = [], [], []
     for file in files[:1000]:
         try:
             image, more = open_picture(file)
             sizes.append(image.size)
             notes += more
         except UserError as error:
-            notes.append(str(error))
+            refused.append(str(error))
     shortest = min((min(size) for size in sizes), default=0)
     text = f"{path}: a folder of {len(files)} pictures, shorter side {shortest} pixels or more"
-    return text + "".join(f"\n  note: {note}" for note in notes[:20])
+    if refused:
+        refused.append(f"{len(refused)} of them cannot be used, and no command takes the folder until they are gone.")
+    return text + "".join(f"\n  note: {note}" for note in refused[-20:] + notes[:20])
 
 
 def doctor() -> tuple[str, bool]:

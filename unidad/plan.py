@@ -332,7 +332,10 @@ def memory_text(found: Plan, settings: TrainSettings) -> str:
     if settings.offload_optimizer:
         parts |= {"optimizer, while it steps": found.stepping, "optimizer, kept off the device": found.offloaded}
     each = f", in each of {sharing(settings)} processes" if settings.shard else ""
-    lines = [f"memory on {device.type}{each}, GB (expected)", *(f"  {name:<32}{n / GB:>9.3f}" for name, n in parts.items())]
+    lines = [
+        f"memory for {settings.source} on {device.type}{each}, GB (expected)",
+        *(f"  {name:<32}{n / GB:>9.3f}" for name, n in parts.items()),
+    ]
     lines.append(f"  {'at the most':<32}{found.total / GB:>9.3f}" + (f"  of {free / GB:.1f} free" if free is not None else ""))
     return "\n".join(lines)
 

@@ -177,7 +177,8 @@ def _over_time(run: RunFolder) -> str:
     figures = []
     for path in grids:
         with Image.open(path) as image:
-            figures.append(f'<figure><img src="{_inline(image)}"><figcaption>cycle {int(path.stem)}</figcaption></figure>')
+            cycle = f"cycle {int(path.stem)}"
+            figures.append(f'<figure><img src="{_inline(image)}" alt="samples, {cycle}"><figcaption>{cycle}</figcaption></figure>')
     return "".join(figures)
 
 

@@ -56,7 +56,7 @@ def _bench(args: argparse.Namespace, _console: Console) -> int:
     result = _measure(args)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1) if args.what != "train" else _as_text(result))
+    print(_as_text(result) if args.what == "train" else _drawn_or_scored(result))
     return 0
 
 
@@ -103,3 +103,14 @@ def _as_text(result: Mapping[str, Any]) -> str:
         f"log lines add {result['log_share']:.2%}"
     )
     return "\n".join(lines)
+
+
+def _drawn_or_scored(result: Mapping[str, Any]) -> str:
+    if "extractor" in result:
+        what = f"{result['extractor']}: features of {result['n']} pictures of {result['size']} pixels"
+    else:
+        what = (
+            f"{result['arch']}, {result['threads']} threads: {result['n']} pictures in {result['steps']} steps, {result['batch_size']} at once, "
+            f"peak {result['peak_bytes'] / 1e9:.2f} GB"
+        )
+    return f"{what}\n  {result['seconds']:.2f} s, {result['images_per_second']:.1f} pictures/s"

@@ -29,6 +29,8 @@ _ROWS = (
     ("copying", "copying", "lower"),
 )
 
+# From so many pictures on, the Frechet distance is told without a caution; it never is independent of their number.
+MANY = 500
 _SET_KEYS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 _TRAINING_KEYS = ("heldout", "intra_diversity", "intra_clusters", "intra_small", "copying", "copying_threshold", "nearest")
 
@@ -195,7 +197,26 @@ def table(scores: Mapping[str, Any]) -> str:
         )
     if scores["mode"] == "paper" and scores["extractor"].startswith("lpips-") and scores["train"]:
         lines.append("  Intra-LPIPS as the public code has it: samples in [0, 1] against training pictures in [-1, 1].")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {sentence}" for sentence in _cautions(scores))])
+
+
+def _cautions(scores: Mapping[str, Any]) -> list[str]:
+    """Why some scores are missing, and where numbers say less than they seem to."""
+    counts = [n for n in (scores["samples"], scores["reference"]) if n is not None]
+    by_pairs, found = scores["extractor"].startswith("lpips-"), []
+    if by_pairs:
+        found.append(f"{scores['extractor']} compares pictures in pairs: the first six scores need another extractor.")
+    elif scores["kernel_distance"] is None:
+        found.append("The statistics file holds no features: all but the Frechet distance need them, or the pictures themselves.")
+    elif scores["precision"] is None:
+        found.append(f"Precision to coverage need more than {scores['k']} pictures on both sides.")
+    if not scores["train"]:
+        found.append("Intra diversity and copying need the training pictures: --train FOLDER.")
+    elif scores["copying"] is None:
+        found.append("Copying needs held-out pictures in --reference, pictures that are not in --train; there are none.")
+    if not by_pairs and min(counts) < MANY:
+        found.append(f"With fewer than {MANY:,} pictures on a side, distances depend on how many: compare at equal numbers only.")
+    return found
 
 
 def nearest_panel(
