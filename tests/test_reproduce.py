@@ -37,6 +37,8 @@ def test_a_run_is_reproduced_to_the_bit(source: Path, pictures: Path, tmp_path: 
     assert "The same to the last bit" in text
     assert checkpoint.names(again / "checkpoints") == ["00000002"]
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert main(["reproduce", str(run), "--out", str(again)]) == 2
+    assert "a repetition starts anew" in capsys.readouterr().err
 
     (pictures / "00.png").unlink()
     assert main(["reproduce", str(run), "--out", str(third)]) == 2

@@ -15,7 +15,7 @@ from unidad.backbones.load import BUNDLED
 from unidad.config import LoopSettings, PretrainSettings, TrainSettings, build_settings
 from unidad.errors import CheckpointError, DataError
 from unidad.pretrain import pretrain
-from unidad.run import RunFolder
+from unidad.run import RUN_FILE, RunFolder
 
 # On a GPU sums run in no fixed order. The bound is on |a - b| / |a| over all numbers of a network.
 GPU_TOLERANCE = 1e-2
@@ -43,13 +43,15 @@ def reproduce(name: str | Path, out: str | Path, target: str | Path | None = Non
         target: the pictures, where they do not lie any more where the run found them.
 
     Raises:
-        CheckpointError: no run there, or no checkpoint at the end of a cycle.
+        CheckpointError: no run there, no checkpoint at the end of a cycle, or a run in `out` already.
         UserError: pictures or models are missing or are not those of the run, or this machine lacks the run's device.
     """
     run = RunFolder(Path(name))
     facts = run.read()
     if facts.get("processes", 1) > 1:
         raise CheckpointError(f"'{run.path}' was made by {facts['processes']} processes; only runs of one can be reproduced.")
+    if (Path(out) / RUN_FILE).exists():
+        raise CheckpointError(f"'{out}' already holds a run, and a repetition starts anew. Give another --out.")
     place, before = _end_of_a_cycle(run)
     pictures = target or facts.get("data", {}).get("given")
     if not isinstance(pictures, str | Path) or not (str(pictures).startswith(BUNDLED) or Path(pictures).is_dir()):
