@@ -61,7 +61,9 @@ def _add_job(parser: argparse.ArgumentParser, few_steps: bool = True) -> None:
     parser.set_defaults(steps=None)
     if few_steps:
         parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, usually 1 to 4 (3)")
-    parser.add_argument("--preset", metavar="NAME", help="named settings, listed by `unidad train --help`")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="named settings, which `unidad train --help` lists (avatars for the bundled source)"
+    )
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
     parser.add_argument(
         "--plan", action="store_true", help="print the memory and computation to expect, refuse what cannot fit, and stop"
