@@ -147,13 +147,12 @@ def load_files(files: list[Path], size: int, folder: str | Path) -> PictureSet:
     refused = {path.name: why for path, why in zip(files, tried, strict=True) if isinstance(why, DataError)}
     if refused:
         name, *others = refused
-        raise DataError(f"{refused[name]} {_also(others)}".strip())
+        raise DataError(f"{refused[name]} Nor can {_some(others)} be used." if others else str(refused[name]))
     squares = [square for square in tried if not isinstance(square, DataError)]
     small = [f"{p.name} ({w}x{h})" for p, (a, _, (w, h)) in zip(files, squares, strict=True) if a is None]
     if small:
-        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
         raise DataError(
-            f"In '{folder}' these are smaller than the model's {size}x{size}: {', '.join(small[:5])}{more}. "
+            f"In '{folder}' these are smaller than the model's {size}x{size}: {_some(small)}. "
             "Replace them by larger ones or take them out."
         )
     pixels = torch.from_numpy(np.stack([a for a, _, _ in squares if a is not None])).permute(0, 3, 1, 2).contiguous()
@@ -172,12 +171,9 @@ def _square_or_why_not(path: Path, size: int) -> tuple[np.ndarray | None, list[s
         return error
 
 
-def _also(names: list[str]) -> str:
-    """The sentence about further files that cannot be used, after the one about the first."""
-    if not names:
-        return ""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"Nor can {', '.join(names[:5])}{more} be used."
+def _some(names: list[str]) -> str:
+    """The first five, and how many more."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _duplicates(pixels: Tensor, names: list[str]) -> list[str]:
