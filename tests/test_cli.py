@@ -103,13 +103,15 @@ def test_info_says_what_things_are(run: Path, source: Path, picture_folder: Path
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("repeated", [True, False])
 def test_resume_is_the_same_run(
-    run: Path, source: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, source: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeated: bool
 ) -> None:
+    """With every setting given again, and with those of run.json."""
     monkeypatch.setattr(ingredients, "write_report", lambda *_, **__: None)
     args = ["train", "--source", str(source), "--target", str(picture_folder), "--out", str(tmp_path / "r"), *TINY]
     assert main([*args, "--set", "cycles=2"]) == 0
-    assert main([*args, "--resume"]) == 0
+    assert main([*(args if repeated else [*args[:1], *args[5:7], "--set", "cycles=4"]), "--resume"]) == 0
     name = "checkpoints/00000004/{}.safetensors"
     for part in (
         "network.student",
@@ -187,6 +189,9 @@ def test_a_folder_with_something_in_it_is_left_alone(run: Path, source: Path, pi
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert "already holds a run" in refused(capsys, *base, "--out", str(run), *TINY)
     assert "a: was 0.5, now 0.25" in refused(capsys, *base, "--out", str(run), *TINY, "--set", "a=0.25", "--resume")
+    assert "method: was uni-dad, now finetune" in refused(capsys, "finetune", "--out", str(run), "--resume")
+    assert "is a train run: go on with `unidad train`" in refused(capsys, "pretrain", "--out", str(run), "--resume")
+    assert "--data FOLDER is needed" in refused(capsys, "pretrain", "--out", str(tmp_path / "new"), "--resume")
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     (tmp_path / "mine.txt").write_text("keep me")
     assert "is not empty" in refused(capsys, *base, "--out", str(tmp_path), *TINY)

@@ -197,6 +197,12 @@ JOBS = {
     "adapt-then-distill": ["train", "--method", "adapt-then-distill", "--set", "target_warmup=1", "--target"],
     "distill-then-adapt": ["train", "--method", "distill-then-adapt", "--target"],
 }
+INFO = {
+    "finetune": "finetune, source ",
+    "distill": "the source teacher alone, as `unidad distill`, K=3, k=1, source ",
+    "adapt-then-distill": "adapt-then-distill, K=3, k=1, source ",
+    "distill-then-adapt": "distill-then-adapt, K=3, source ",
+}
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +237,7 @@ def test_each_rival_leaves_a_product_a_grid_and_a_report(name, rival, tmp_path, 
     assert ("fine-tuned many-step" in (out / "report.html").read_text()) == (name == "finetune")
     capsys.readouterr()
     assert main(["info", str(out)]) == 0
+    assert INFO[name] in capsys.readouterr().out
     assert main(["sample", str(out), "-n", "2", "--out", str(tmp_path / "drawn"), "--steps", "2"]) == 0
     assert main(["export", str(out), "--out", str(tmp_path / "exported")]) == 0
 

@@ -92,9 +92,9 @@ def keep_freed_memory() -> None:
 
 
 def start_trackers(accelerator: Accelerator) -> None:
-    """Let the trackers write; only where the run folder is ours."""
+    """Let the trackers write; only where the run folder is ours. The name is tensorboard's folder in it, or wandb's project."""
     if accelerator.log_with:
-        accelerator.init_trackers("unidad")
+        accelerator.init_trackers("tensorboard" if "tensorboard" in accelerator.log_with else "unidad")
 
 
 def pick_device(name: str) -> torch.device:

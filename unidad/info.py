@@ -105,11 +105,18 @@ def _run(path: Path) -> str:
         f"  product      {product or 'not written yet'}",
     ]
     if facts["kind"] == "train":
-        known = build_settings(TrainSettings, settings)
-        lines.insert(
-            1, f"  method       {known.method}, K={known.steps}, a={known.a}, k={known.fake_updates}, source {known.source}"
-        )
+        lines.insert(1, f"  method       {_method(build_settings(TrainSettings, settings))}")
     return "\n".join(lines)
+
+
+def _method(settings: TrainSettings) -> str:
+    """What made it, with the numbers that mattered to that."""
+    alone = settings.method == "uni-dad" and settings.target_teacher == "off"
+    words = ["distribution matching with the source teacher alone, as `unidad distill`" if alone else settings.method]
+    words += [] if settings.method == "finetune" else [f"K={settings.steps}"]
+    words += [f"a={settings.a}"] if settings.method == "uni-dad" and not alone else []
+    words += [] if settings.method in ("finetune", "distill-then-adapt") else [f"k={settings.fake_updates}"]
+    return ", ".join([*words, f"source {settings.source}"])
 
 
 def _pictures(path: Path) -> str:

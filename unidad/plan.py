@@ -207,6 +207,9 @@ def _fake_method(settings: TrainSettings) -> Iterator[Method]:
                 network.prompts = torch.zeros(network.prompts.shape)
                 continue
             network.to_empty(device="cpu")  # fake: where the numbers would be does not change how many there are
+        if isinstance(method, UniDAD) and (pool := method.anchor_pool()) is not None:
+            states, shape = len(method.student_steps) + 1, method.student.shape
+            pool.draw = lambda n: torch.zeros(n, states, *shape)  # a teacher's passes, one batch after another, are not what is kept
         yield method
 
 
@@ -270,8 +273,6 @@ def phase_costs(settings: TrainSettings) -> dict[str, Cost]:
     counted = {}
     with _fake_method(settings) as method:
         pool = method.anchor_pool() if isinstance(method, UniDAD) else None
-        if pool is not None:
-            pool.use()  # filled once, and counted apart
         for phase in _all_phases(method):
             found = [_update_flops(method, phase, settings) for _ in range(min(phase.repeats, 2))]
             flops = settings.accumulation * (found[0] + (phase.repeats - 1) * found[-1])

@@ -44,7 +44,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(kind="trains", several=True)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, if there is one; its settings and pictures need not be given again",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to compute (auto)")
     parser.add_argument("--seed", type=int, help="same seed, same machine, same result (0)")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from unidad.cli.common import Commands, add_settings, command, flags, tell
-from unidad.errors import SettingsError, did_you_mean
+from unidad.errors import CheckpointError, SettingsError, did_you_mean
 
 if TYPE_CHECKING:
     from unidad.config import TrainSettings
@@ -32,7 +32,7 @@ def add_train(commands: Commands) -> None:
   unidad train --source SD_FOLDER --target photos --prompt "a prt cat" --class-prompt "a cat" --preset sdp --out runs/cat
   unidad train --target my_pictures --out runs/mine --set a=0.5 --set student_init=source
   unidad train --source path/to/pipeline --preset fsig-near --plan
-  unidad train --target my_pictures --out runs/mine --resume
+  unidad train --out runs/mine --resume
 presets:
 {presets}
 settings: see `unidad train --list-settings`""",
@@ -112,8 +112,8 @@ def add_pretrain(commands: Commands) -> None:
   unidad pretrain --data captioned_pictures --out runs/told --set init=SD_FOLDER""",
         _pretrain,
     )
-    parser.add_argument("--data", required=True, metavar="FOLDER")
-    parser.add_argument("--out", required=True, metavar="RUN")
+    parser.add_argument("--data", metavar="FOLDER", help="thousands of pictures; captioned ones with a text-to-image init")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder to make: model/, checkpoints/, samples/")
     add_settings(parser)
 
 
@@ -152,26 +152,41 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
     from unidad.config import TrainSettings, build_settings, parse_overrides, read_config
     from unidad.presets import PRESETS
 
+    own, pictures = _going_on(args, "train")
     chosen = read_config(args.config) if args.config else {}
     overrides = flags(args, ("source", "steps", "device", "seed")) | parse_overrides(args.set)
     source = overrides.get("source", chosen.get("source", "bundled:avatars"))
     if args.source_config:
         overrides["source"] = source = _unpacked(str(source), args.source_config)
-    preset = args.preset or (preset if source == "bundled:avatars" else "")
+    preset = args.preset or (preset if source == "bundled:avatars" and not own else "")
     if preset and preset not in PRESETS:
         raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
-    settings = build_settings(TrainSettings, PRESETS.get(preset, {}), layer, chosen, overrides)
+    settings = build_settings(TrainSettings, PRESETS.get(preset, {}) if args.preset or not own else own, layer, chosen, overrides)
     if args.list_settings:
         print(_listed(settings))
         return 0
     if args.plan:
         return _plan(settings)
-    if not args.target or not args.out:
-        pictures = "--data" if args.run is _distill else "--target"
-        raise SettingsError(f"{pictures} FOLDER and --out RUN are needed. Add --help for examples.")
+    if not pictures or not args.out:
+        asked = "--data" if args.run is _distill else "--target"
+        raise SettingsError(f"{asked} FOLDER and --out RUN are needed. Add --help for examples.")
     from unidad.adapt import train
 
-    return _stoppable(lambda: train(args.target, args.out, settings, args.resume, console).path / "report.html", args.out)
+    return _stoppable(lambda: train(pictures, args.out, settings, args.resume, console).path / "report.html", args.out)
+
+
+def _going_on(args: argparse.Namespace, kind: str) -> tuple[dict[str, object], str | None]:
+    """Settings and pictures of the run in --out that --resume goes on with, or none of the former; pictures that are given win."""
+    from unidad.run import RUN_FILE, RunFolder
+
+    given = args.data if kind == "pretrain" else args.target
+    if not (args.resume and args.out and (Path(args.out) / RUN_FILE).exists()):
+        return {}, given
+    facts = RunFolder(Path(args.out)).read()
+    if facts["kind"] != kind:
+        raise CheckpointError(f"'{args.out}' is a {facts['kind']} run: go on with `unidad {facts['kind']}`, or give another --out.")
+    found = facts.get("data", {}).get("given")
+    return facts["settings"], given or (found if isinstance(found, str) else None)
 
 
 def _listed(settings: TrainSettings) -> str:
@@ -242,8 +257,12 @@ def _reproduce(args: argparse.Namespace, console: Console) -> int:
 
 def _pretrain(args: argparse.Namespace, console: Console) -> int:
     from unidad.config import PretrainSettings, build_settings, parse_overrides, read_config
+
+    own, pictures = _going_on(args, "pretrain")
+    layers = [read_config(args.config) if args.config else {}, flags(args, ("device", "seed")), parse_overrides(args.set)]
+    settings = build_settings(PretrainSettings, own, *layers)
+    if not pictures:
+        raise SettingsError("--data FOLDER is needed. Add --help for examples.")
     from unidad.pretrain import pretrain
 
-    layers = [read_config(args.config) if args.config else {}, flags(args, ("device", "seed")), parse_overrides(args.set)]
-    settings = build_settings(PretrainSettings, *layers)
-    return _stoppable(lambda: pretrain(args.data, args.out, settings, args.resume, console).path / "model", args.out)
+    return _stoppable(lambda: pretrain(pictures, args.out, settings, args.resume, console).path / "model", args.out)

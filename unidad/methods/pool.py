@@ -23,17 +23,17 @@ class TrajectoryPool:
     """
 
     def __init__(self, size: int, draw: Callable[[int], Tensor]):
-        self.size, self._draw = size, draw
+        self.size, self.draw = size, draw
         self.kept: Tensor | None = None
         self.age = 0
 
     def use(self) -> Tensor:
         """All trajectories, [size, K + 1, C, H, W]."""
         if self.kept is None:
-            self.kept = self._draw(self.size)
+            self.kept = self.draw(self.size)
         elif self.age % REFRESH == 0:
             renewed = max(1, self.size // 8)
-            self.kept = torch.cat([self.kept[renewed:], self._draw(renewed)])
+            self.kept = torch.cat([self.kept[renewed:], self.draw(renewed)])
         self.age += 1
         return self.kept
 
