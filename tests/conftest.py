@@ -9,7 +9,7 @@ import tiny
 import torch
 from PIL import Image
 
-from unidad import ingredients
+from unidad import ingredients, ingredients_text
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.export import save_source
 
@@ -65,5 +65,6 @@ def generator() -> torch.Generator:
 def no_report() -> Iterator[None]:
     """The report of a run takes ten seconds and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingredients, "write_report", lambda *_, **__: None)
+        for module in (ingredients, ingredients_text):
+            patch.setattr(module, "write_report", lambda *_, **__: None)
         yield

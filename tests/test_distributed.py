@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from loop import make
 from test_export import V
 from test_soak import wait_for
-from test_train import make
 from tiny import words
 
 from unidad import checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_train import make
+from loop import make
 
 from unidad.device import keep_freed_memory
 from unidad.train import Trainer

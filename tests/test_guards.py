@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_train import make, poisoned
+from loop import make, poisoned
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unidad import checkpoint

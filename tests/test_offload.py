@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from loop import assert_same_state, make, record
 from test_plan import settings, sources  # noqa: F401  # the fixture
-from test_train import assert_same_state, make, record
 
 from unidad import checkpoint
 from unidad import plan as planning

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from loop import assert_resumes, make, record
 from test_plan import settings, sources  # noqa: F401  # the fixture
-from test_train import assert_resumes, make, record
 
 from unidad import optimizers
 from unidad import plan as planning

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_train import assert_same_state, make, record
+from loop import assert_same_state, make, record
 
 from unidad import checkpoint
 from unidad.augment import CutMix

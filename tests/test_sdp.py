@@ -17,11 +17,10 @@ from safetensors.torch import load_file
 from unidad import checkpoint
 from unidad.adapt import build_method, train
 from unidad.backbones import load_text
-from unidad.captions import read_captions
 from unidad.commands import draw_from, export_run, load_product, sample_to_folder
 from unidad.config import TrainSettings, build_settings
 from unidad.data import to_signed
-from unidad.errors import DataError, ModelError, SettingsError
+from unidad.errors import ModelError, SettingsError
 from unidad.export_text import save_text_student
 from unidad.info import describe_path
 from unidad.ingredients_text import declared_wrongly, gather_text
@@ -264,64 +263,6 @@ def test_bundled_templates_and_bad_ones(folder: Path, tmp_path: Path):
         read_templates("objects")
 
 
-# -- captions of the photos -------------------------------------------------------------------------------------------
-
-
-def photos(folder: Path, to: Path) -> Path:
-    to.mkdir()
-    for name in ("00.png", "01.png", "02.png"):
-        (to / name).symlink_to(folder / name)
-    return to
-
-
-def test_each_photo_is_learnt_under_its_own_caption(folder: Path, picture_folder: Path, tmp_path: Path):
-    place = photos(picture_folder, tmp_path / "photos")
-    for name, text in (("00", "a prt cat on the dog"), ("01", "a prt cat"), ("02", "the prt cat\n")):
-        (place / f"{name}.txt").write_text(text)
-    s = settings(folder, batch_size=3)
-    parts = gather_text(s, place)
-    assert parts.captions.tolist() == [1, 0, 2]
-    assert parts.contexts == 1
-    expected = ["a prt cat", "a prt cat on the dog", "the prt cat", ""]
-    assert torch.allclose(parts.told["student"], load_text.encode_prompts(folder, expected))
-
-    method = build_method(s, parts, CPU, torch.Generator().manual_seed(0))
-    pictures, labels, _ = parts.stream(s, CPU).batch(3)
-    assert labels is not None
-    for picture, label in zip(pictures, labels, strict=True):
-        assert torch.equal(picture, parts.latents[parts.captions.tolist().index(int(label))])
-    seen: dict[str, list[list[int]]] = {"fake_teacher": [], "target_teacher": []}
-    for name, calls in seen.items():
-        net = method.networks[name]
-        net._condition = lambda rows, calls=calls, asked=net._condition: calls.append(rows.tolist()) or asked(rows)
-    by_name = {phase.name: phase for phase in method.phases}
-    by_name["fake_teacher"].loss(pictures, labels)
-    by_name["target_teacher"].loss(pictures, labels)
-    assert seen == {"fake_teacher": [[0, 0, 0], [0, 0, 0]], "target_teacher": [labels.tolist()]}
-
-
-def test_captions_from_metadata_and_bad_ones(picture_folder: Path, tmp_path: Path):
-    place, names = photos(picture_folder, tmp_path / "photos"), ["00.png", "01.png"]
-    assert read_captions(place, names) is None
-    lines = [{"file_name": "01.png", "text": "one"}, {"file_name": "00.png", "text": " two  words "}]
-    (place / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    assert read_captions(place, names) == ["two words", "one"]
-    with pytest.raises(DataError, match=r"no caption or an empty one: 02\.png"):
-        read_captions(place, [*names, "02.png"])
-    for row, words in (
-        ('{"file_name": "../00.png", "text": "x"}', "in this very folder"),
-        ('{"file_name": "..\\\\00.png", "text": "x"}', "in this very folder"),
-        ('{"file_name": "00.png", "text": 3}', "Line 1"),
-        ('{"file_name": "00.png"}', "must look like"),
-        ("nonsense", "must look like"),
-        ('{"file_name": "00.png", "text": "x"}\n{"file_name": "00.png", "text": "y"}', "second caption"),
-        ('{"file_name": "00.png", "text": ""}', "no caption"),
-    ):
-        (place / "metadata.jsonl").write_text(row)
-        with pytest.raises(DataError, match=words):
-            read_captions(place, names)
-
-
 # -- the product ------------------------------------------------------------------------------------------------------
 
 # Runs where `import unidad` fails, as on the machine of someone who was only given the folder.
@@ -423,86 +364,3 @@ def test_what_a_student_cannot_be_asked(run: RunFolder, folder: Path, source: Pa
     with pytest.raises(SettingsError, match="needs prompts"):
         draw_from(load_product(run.path), 1, None, 0, 1, "cpu")
     assert not (tmp_path / "a").exists()
-
-
-# -- LoRA roles -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def lora_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sd.write_pipeline(tmp_path_factory.mktemp("sd") / "v", kind="v_prediction")
-
-
-@pytest.fixture(scope="module")
-def lora_run(lora_source: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    s = settings(lora_source, lora_rank=2, lr=1e-2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unidad.ingredients_text.write_report", lambda *_args, **_counts: None)
-        return train(picture_folder, tmp_path_factory.mktemp("runs") / "lora", s)
-
-
-def test_lora_roles_share_one_base_and_learn_apart(lora_source: Path, picture_folder: Path):
-    s = settings(lora_source, lora_rank=2)
-    parts = gather_text(s, picture_folder)
-    nets = build_method(s, parts, CPU, torch.Generator()).networks
-    roles = [nets[name] for name in ("student", "fake_teacher", "target_teacher", "source_teacher")]
-    assert len({id(role.unet) for role in roles}) == 1
-    assert not torch.equal(nets["source_teacher"].prompts[0], nets["student"].prompts[0])
-    assert roles[0].unet is not parts.source.backbone.unet
-    assert list(nets["source_teacher"].parameters()) == []
-
-
-@pytest.mark.usefixtures("no_report")
-def test_a_lora_run_s_checkpoint_holds_adapters_only_and_resumes_to_the_same_bits(
-    lora_run: RunFolder, lora_source: Path, picture_folder: Path, tmp_path: Path
-):
-    train(picture_folder, tmp_path / "again", settings(lora_source, lora_rank=2, lr=1e-2, cycles=1))
-    again = train(picture_folder, tmp_path / "again", settings(lora_source, lora_rank=2, lr=1e-2), resume=True)
-    whole, resumed = tensors(lora_run), tensors(again)
-    assert whole.keys() == resumed.keys()
-    for group in whole:
-        for key, value in whole[group].items():
-            assert torch.equal(value, resumed[group][key]), (group, key)
-    for name in ("student", "fake_teacher", "target_teacher"):
-        assert all(key.startswith("adapter.") for key in whole[f"network.{name}"])
-        assert any(value.abs().sum() > 0 for key, value in whole[f"network.{name}"].items() if key.endswith("1.weight"))
-
-
-def test_the_lora_file_on_the_source_draws_what_the_merged_student_draws(lora_run: RunFolder, lora_source: Path):
-    from diffusers import LCMScheduler, StableDiffusionPipeline
-
-    pipe, student = (
-        StableDiffusionPipeline.from_pretrained(path, use_safetensors=True) for path in (lora_source, lora_run.student)
-    )
-
-    def picture(pipe: StableDiffusionPipeline) -> torch.Tensor:
-        pipe.set_progress_bar_config(disable=True)
-        call = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
-        return torch.from_numpy(pipe("a prt cat", generator=torch.Generator().manual_seed(5), **call).images).permute(0, 3, 1, 2)
-
-    pipe.scheduler = LCMScheduler.from_pretrained(lora_run.path / "lora", subfolder="scheduler")
-    bare = picture(pipe)
-    pipe.load_lora_weights(lora_run.path / "lora")
-    with_lora = picture(pipe)
-    merged = floats(load_text.load_text_model(lora_run.student), ["a prt cat"], [999])[0, :1]
-    assert (with_lora - merged).abs().max() < 1e-4
-    assert (picture(student) - merged).abs().max() < 1e-5
-    assert (bare - merged).abs().max() > 1e-2
-
-
-def test_a_lora_run_that_has_not_finished_can_be_drawn_from(lora_run: RunFolder, tmp_path: Path):
-    finished = load_product(lora_run.path)
-    aside = lora_run.student.rename(tmp_path / "aside")
-    try:
-        unfinished = load_product(lora_run.path)
-    finally:
-        aside.rename(lora_run.student)
-    for key, value in finished.backbone.state_dict().items():
-        assert torch.equal(value, unfinished.backbone.state_dict()[key])
-
-
-def test_lora_wants_the_source_as_its_base(folder: Path, picture_folder: Path, source: Path, tmp_path: Path):
-    with pytest.raises(SettingsError, match="student_init=source"):
-        gather_text(settings(folder, lora_rank=2, student_init=str(folder)), picture_folder)
-    with pytest.raises(SettingsError, match="lora_rank"):
-        train(picture_folder, tmp_path / "x", TrainSettings(source=str(source), lora_rank=2))

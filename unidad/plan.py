@@ -209,7 +209,7 @@ def _fake_method(settings: TrainSettings) -> Iterator[Method]:
             network.to_empty(device="cpu")  # fake: where the numbers would be does not change how many there are
         if isinstance(method, UniDAD) and (pool := method.anchor_pool()) is not None:
             states, shape = len(method.student_steps) + 1, method.student.shape
-            pool.draw = lambda n: torch.zeros(n, states, *shape)  # a teacher's passes, one batch after another, are not what is kept
+            pool.draw = lambda n: torch.zeros(n, states, *shape)  # what is kept of the teacher's passes
         yield method
 
 
