@@ -1,13 +1,14 @@
 """AvatarShift: every method on the same source model and the same ten pictures, scored against pictures none of them saw.
 
-    python benchmarks/avatarshift.py                                       Uni-DAD on toonHead and bottts: the README's numbers
+    python benchmarks/avatarshift.py                                       Uni-DAD on toonHead and bottts by the long preset
     python benchmarks/avatarshift.py --targets toonHead my_folder --methods all --seeds 0 1 2
     python benchmarks/avatarshift.py --short --targets toonHead lorelei bottts sunglasses --methods main     a quarter of an hour a cell
     python benchmarks/avatarshift.py --methods uni-dad ft-50 --set cycles=300
 
 A target is toonHead, lorelei, bottts or sunglasses, whose 2,000 held-out pictures scripts/avatars/draw.mjs draws once (needs node
 and npm), or a folder with two folders in it, train/ and heldout/. Every cell (target, method, seed) is a run of its own under
---runs; finished ones are not repeated and broken-off ones go on. Results: a JSON file, a Markdown table, and a grid for each target.
+--runs; finished ones are not repeated and broken-off ones go on. Results: a JSON file to which rows are added, a Markdown table of those
+asked for, and a grid for each target.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ MAIN = ("source-50", "ft-50", "ft-25", "ft-dmd2", "dmd2-ft", "uni-dad")
 # --short: every method as long as `make demo`, for each preset. The target teacher of Uni-DAD, that of FT-DMD2 and FT itself learn
 # alike (400 updates, 2e-4), and the two distillations have 250 updates of the student.
 _PLAIN: dict[str, Any] = {"denoising_law": "quadratic", "cutmix_above": 1.0}
-_SHORT = _PLAIN | {"lr_target": 2e-4, "target_warmup": 400, "target_cycles": 400, "anchor_batch": 16, "cycles": 650}
+_SHORT = _PLAIN | {"target_warmup": 400, "target_cycles": 400, "cycles": 650}
 SHORT: dict[str, dict[str, Any]] = {
     "avatars": _SHORT,
     "avatars-adapt-then-distill": _SHORT,
@@ -184,7 +185,10 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     out = args.runs / target.name / f"{row.run}-seed{seed}" if row.run else None
     kept = args.runs / target.name / f"{name}-seed{seed}-n{args.n}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        found = json.loads(kept.read_text())
+        if found["set"] != args.set:
+            raise SystemExit(f"{kept} was measured with --set {found['set']}, not {args.set}. Give another --runs.")
+        return found
     cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set, args.short) if out else {}
     model = load_product(out or "bundled:avatars")
     samples = samples_of(model, row.nfe, args.n, None if out else args.runs / f"source-{row.nfe}-n{args.n}.safetensors")
@@ -252,6 +256,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def keep(results: list[dict[str, Any]], path: Path, features: str) -> None:
+    """Add results to those in a file, in the place of what was measured alike before."""
+    alike = ("target", "method", "seed", "n", "short", "set")
+    before = json.loads(path.read_text())["results"] if path.exists() else []
+    new = [[row[key] or None for key in alike] for row in results]  # older rows have no "set" where there was none
+    rows = [row for row in before if [row.get(key) or None for key in alike] not in new] + results
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), "features": features, "results": rows}
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 def main() -> int:
     """Run what is asked for; results are written after every cell."""
     args, extractor, results = parse(), EfficientNetLite0(), []
@@ -261,14 +275,9 @@ def main() -> int:
         for seed in args.seeds:
             for method in args.methods:
                 results.append(cell(target, method, seed, args, extractor))
-                facts = {
-                    "torch": torch.__version__,
-                    "threads": torch.get_num_threads(),
-                    "features": extractor.name,
-                    "results": results,
-                }
-                (args.out / "avatarshift.json").write_text(json.dumps(facts, indent=1) + "\n")
-                (args.out / "avatarshift.md").write_text(table(results) + "\n")
+                stem = args.out / ("avatarshift-short" if args.short else "avatarshift")
+                keep(results, stem.with_suffix(".json"), extractor.name)
+                stem.with_suffix(".md").write_text(table(results) + "\n")
         grid(target, results, args).save(args.out / f"{target.name}.png")
     print(table(results))
     return 0

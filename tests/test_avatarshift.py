@@ -1,8 +1,10 @@
 """The benchmark's own pieces; its cells are runs of the command line, which has tests of its own."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -54,3 +56,27 @@ def test_fewer_shots_are_the_first_pictures(bench, picture_folder, tmp_path):
 def test_a_folder_of_ones_own_is_a_target(bench, tmp_path):
     target = bench.find_target(str(tmp_path / "mine"), tmp_path)
     assert (target.name, target.train, target.heldout) == ("mine", tmp_path / "mine" / "train", tmp_path / "mine" / "heldout")
+
+
+def test_results_are_added_to_those_of_before(bench, tmp_path):
+    """In the place of the same cell, but not of one with other settings or another seed."""
+    row = {"target": "t", "method": "m", "seed": 0, "n": 9, "short": False, "frechet_distance": 1.0}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"results": [row]}))
+    bench.keep([row | {"set": ["a=1"]}, row | {"set": [], "seed": 1}], path, "f")
+    assert [r["frechet_distance"] for r in json.loads(path.read_text())["results"]] == [1.0, 1.0, 1.0]
+    bench.keep([row | {"set": [], "frechet_distance": 2.0}], path, "f")
+    kept = json.loads(path.read_text())
+    assert sorted(r["frechet_distance"] for r in kept["results"]) == [1.0, 1.0, 2.0]
+    assert kept["features"] == "f"
+
+
+def test_a_cell_measured_with_other_settings_is_not_taken_for_this_one(bench, tmp_path):
+    args = SimpleNamespace(runs=tmp_path, n=9, set=["a=1"], short=False)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "ft-50-seed0-n9.json").write_text(json.dumps({"set": []}))
+    with pytest.raises(SystemExit, match="Give another --runs"):
+        bench.cell(bench.Target("t", tmp_path, tmp_path), "ft-50", 0, args, None)
+    assert bench.cell(bench.Target("t", tmp_path, tmp_path), "ft-50", 0, SimpleNamespace(**(vars(args) | {"set": []})), None) == {
+        "set": []
+    }

@@ -60,6 +60,16 @@ def test_train_leaves_everything_a_person_needs(run: Path) -> None:
     assert "data:image/png;base64," in page
 
 
+def test_a_product_older_than_its_run_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    words = ["sample", str(tmp_path / "run"), "-n", "1", "--out"]
+    assert main([*words, str(tmp_path / "a")]) == 0
+    assert "Note" not in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoints" / "00000004").rename(tmp_path / "run" / "checkpoints" / "00000006-1-0000000000")
+    assert main([*words, str(tmp_path / "b")]) == 0
+    assert "is of cycle 4, and its run has gone on to 6: finish it with --resume" in capsys.readouterr().err
+
+
 def test_sampling_does_not_depend_on_the_batch(run: Path, tmp_path: Path) -> None:
     assert main(["sample", str(run), "-n", "5", "--seed", "3", "--out", str(tmp_path / "a"), "--batch-size", "2"]) == 0
     assert main(["sample", str(run / "student"), "-n", "3", "--seed", "5", "--out", str(tmp_path / "b")]) == 0

@@ -67,7 +67,7 @@ def test_both_ends_of_every_range_are_allowed(key):
 
 def test_a_warm_up_must_leave_cycles_for_the_student():
     assert train(cycles=5, target_warmup=4).target_warmup == 4
-    with pytest.raises(SettingsError, match="'target_warmup' is 5 of 5 cycles: the student would learn nothing"):
+    with pytest.raises(SettingsError, match="'target_warmup' is 5 of 5 cycles: no student would learn"):
         train(cycles=5, target_warmup=5)
 
 
@@ -189,3 +189,16 @@ def test_overrides():
 def test_as_dict_is_json():
     s = build_settings(PretrainSettings, {"widths": "16,32"})
     assert build_settings(PretrainSettings, json.loads(json.dumps(as_dict(s)))) == s
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"dmd_weight": 0, "anchor": "teacher", "anchor_weight": 1}, "'anchor' is a teacher, and with dmd_weight=0 there is none"),
+        ({"method": "adapt-then-distill", "target_warmup": 2, "target_teacher": "runs/ft"}, "adapts a target teacher of its own"),
+        ({"method": "adapt-then-distill", "target_warmup": 2, "dmd_weight": 0}, "'dmd_weight' is 0"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_not_asked(values, words):
+    with pytest.raises(SettingsError, match=words):
+        train(**values)

@@ -12,7 +12,7 @@ import torch
 from unidad.backbones.load import load_model
 from unidad.data import to_uint8
 from unidad.errors import ModelError
-from unidad.export import save_source, save_student
+from unidad.export import made, save_source, save_student
 from unidad.rollout import rollout, seeded_noise
 from unidad.sample import draw
 
@@ -180,3 +180,17 @@ def test_weights_with_channels_innermost_are_saved_as_usual(tmp_path: Path) -> N
     save_source(net.to(memory_format=torch.channels_last), V, tmp_path / "source", {})
     after = load_model(str(tmp_path / "source")).backbone.unet.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_teacher": "online", "heads": "multi"}, "in one stage by Uni-DAD (arXiv 2511.18281)."),
+        ({"target_teacher": "off", "heads": "multi"}, "in one stage by Uni-DAD (arXiv 2511.18281), without a target teacher."),
+        ({"target_teacher": "off", "heads": "single"}, "with the source teacher alone (DMD2, arXiv 2405.14867)."),
+        ({"target_teacher": "online", "heads": "multi", "dmd_weight": 0.0}, "by the GAN of Uni-DAD (arXiv 2511.18281) alone."),
+        ({"method": "finetune", "target_teacher": "online", "heads": "multi"}, "Fine-tuned from the source model."),
+    ],
+)
+def test_the_card_says_what_made_it(settings: dict, words: str) -> None:
+    assert made(settings).endswith(words)

@@ -9,6 +9,7 @@ import torch
 from test_export import V
 
 from unidad.backbones.load import load_model
+from unidad.cli import main
 from unidad.config import PretrainSettings, build_settings
 from unidad.errors import ModelError
 from unidad.export import save_source
@@ -53,3 +54,13 @@ def test_a_class_conditional_start_is_refused(picture_folder: Path, tmp_path: Pa
     with pytest.raises(ModelError, match="class-conditional; `unidad pretrain` trains unconditional and text-to-image models only"):
         pretrain(picture_folder, tmp_path / "out", build_settings(PretrainSettings, SMALL, {"init": str(tmp_path / "classes")}))
     assert not (tmp_path / "out").exists()
+
+
+def test_it_can_be_exported_and_needs_not_be_told_again_what_it_is(picture_folder: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "--out", str(tmp_path / "run")]
+    small = [word for key, value in (SMALL | {"cycles": 1}).items() for word in ("--set", f"{key}={value}")]
+    assert main([*words, "--data", str(picture_folder), *small]) == 0
+    assert main([*words, "--resume", "--set", "cycles=1"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    written, run = load_model(tmp_path / "out"), load_model(tmp_path / "run" / "model")
+    assert all(torch.equal(value, written.backbone.state_dict()[name]) for name, value in run.backbone.state_dict().items())

@@ -287,3 +287,29 @@ def test_a_rivals_card_says_how_it_was_made(distilled, rival, tmp_path):
     for folder in (run / "student", tmp_path / "exported"):
         assert "fine-tuned at its own timesteps" in (folder / "README.md").read_text()
     assert "with the source teacher alone" in (distilled / "student" / "README.md").read_text()
+
+
+def test_distilling_goes_on_with_what_the_run_was_told(source, picture_folder, tmp_path):
+    """Also where that is not what the command asks for by itself."""
+    words = ["distill", "--out", str(tmp_path / "run")]
+    other = ["--set", "heads=multi", "--set", "cycles=1"]
+    assert main([*words, "--data", str(picture_folder), "--source", str(source), *QUICK, *other]) == 0
+    assert main([*words, "--resume", "--set", "cycles=2"]) == 0
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["settings"]["heads"], facts["settings"]["cycles"]) == ("multi", 2)
+    assert json.loads((tmp_path / "run" / "student" / "unidad.json").read_text())["cycle"] == 2
+
+
+def test_distill_then_adapt_keeps_to_the_students_own_timesteps(distilled, source, picture_folder, tmp_path, capsys):
+    words = ["train", "--source", str(source), "--target", str(picture_folder), "--out", str(tmp_path / "out"), *QUICK]
+    rival = ["--method", "distill-then-adapt", "--set"]
+    for more, said in (
+        ([*rival, f"student_init={distilled}", "--steps", "2"], "Set timesteps=998,665,332."),
+        ([*rival, f"student_init={source}"], "is a many-step model"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--set", f"student_init={distilled}", "--steps", "2"]) == 0
+    notes = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["notes"]
+    assert any("draws at the timesteps [998, 665, 332]; here it learns to draw at [999, 499]" in note for note in notes), notes

@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler, LCMScheduler
 
 from unidad.backbones.load import load_model
 from unidad.data import to_uint8
-from unidad.rollout import batch_noise, ddim, rollout, seeded_noise
+from unidad.rollout import batch_noise, ddim, ddim_states, ddim_trajectory, rollout, seeded_noise
 
 
 def noises(n: int, k: int) -> list[torch.Tensor]:
@@ -146,3 +146,14 @@ def test_the_bundled_student_draws_plain_backgrounds_at_the_steps_it_names():
     corners = to_uint8(drawn)[:, :, :5, :5].float()
     assert float(corners.flatten(2).std(2).mean()) < 1.2, "levels of 255"
     assert float(corners.mean(dim=(2, 3)).std(0).mean()) > 10, "backgrounds of several colours"
+
+
+def test_a_trajectory_is_kept_at_the_start_of_each_span_however_dense_it_is():
+    """With more evaluations than there are timesteps some come twice."""
+    model = tiny.backbone(1)
+    noise = torch.randn(2, *tiny.SHAPE, generator=torch.Generator().manual_seed(0))
+    dense = ddim_trajectory(model, noise, [999, 20, 10], [4, 32, 32])
+    assert dense.shape == (2, 4, *tiny.SHAPE)
+    assert torch.equal(dense[:, 0], noise)
+    path = [999, 754, 510, 265, 20]
+    assert torch.equal(dense[:, 1], [x for x, _ in ddim_states(model, noise, path)][-1])

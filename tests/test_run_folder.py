@@ -114,3 +114,13 @@ def test_damaged_run_json_is_refused(tmp_path):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"run\.json"), open_run(tmp_path, FACTS, resume=True):
             pass
+
+
+def test_going_on_in_another_number_format_is_refused(tmp_path):
+    """`auto` is bf16 on one machine and float32 on another; it is the format that must stay, not the word."""
+    was = FACTS | {"precision": "fp32", "settings": FACTS["settings"] | {"precision": "auto"}}
+    with open_run(tmp_path / "run", was, resume=False):
+        pass
+    with pytest.raises(CheckpointError, match=r"precision: was fp32, now bf16 \(go on with --set precision=fp32\)"):
+        check_folder(tmp_path / "run", was | {"precision": "bf16"}, resume=True)
+    check_folder(tmp_path / "run", was | {"settings": was["settings"] | {"precision": "fp32"}}, resume=True)

@@ -274,3 +274,22 @@ def test_the_time_left_is_told_at_the_pace_of_the_last_lines(tmp_path):
     lines = text.getvalue().splitlines()
     told = ["cycle 10 of 100", "cycle 40 of 100, about 1 min left", "cycle 50 of 100, about 5 min left"]
     assert [line.split("  ")[0] for line in lines] == told, "the first at once, for whoever wonders whether anything happens"
+
+
+def test_the_average_begins_with_the_student(tmp_path, picture_folder):
+    """Cycles in which it does not learn yet leave no trace of the weights it begins with."""
+    trainer = make(tmp_path, picture_folder, tiny.unidad(warmup=2), cycles=4, ema=0.9)
+    trainer.fit(until=2)
+    assert trainer.ema.n_averaged.item() == 0
+    trainer.fit(until=3)
+    assert trainer.ema.n_averaged.item() == 1
+    now, averaged = trainer.method.networks["student"].state_dict(), trainer.product.state_dict()
+    assert all(torch.equal(value, averaged[name]) for name, value in now.items())
+
+
+@pytest.mark.parametrize(("every", "drawn"), [(0, [3]), (2, [0, 2, 3])])
+def test_when_sample_grids_are_drawn(every, drawn, tmp_path, picture_folder):
+    trainer = make(tmp_path, picture_folder, sample_every=every)
+    trainer.sampler = lambda _: torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    trainer.fit()
+    assert sorted(int(path.stem) for path in (tmp_path / "samples").iterdir()) == drawn

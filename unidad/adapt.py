@@ -143,7 +143,7 @@ def train(
             say(
                 f"Trained and saved. Writing {parts.product_folder}/, grid.png and report.html, for which pictures are drawn and scored."
             )
-            finish(run, product, parts, settings, target)
+            finish(run, product, parts, settings, target, trainer.place.cycle)
     return run
 
 
@@ -188,8 +188,8 @@ def describe(settings: TrainSettings, parts: Ingredients, target: str | Path, de
     }
 
 
-def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: TrainSettings, target: str | Path) -> None:
-    """Write student/, grid.png and report.html from the trained product."""
+def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: TrainSettings, target: str | Path, cycle: int) -> None:
+    """Write student/, grid.png and report.html from the product as it is after so many cycles."""
     assert isinstance(product, Backbone)
     name = public_name(target)
     about = f"Draws pictures like the {len(parts.pictures)} in '{name}', made from '{public_name(settings.source)}' with unidad."
@@ -198,6 +198,7 @@ def finish(run: RunFolder, product: nn.Module, parts: Ingredients, settings: Tra
         "source": public_name(settings.source),
         "target": f"{name} ({len(parts.pictures)} pictures)",
         "made": made(as_dict(settings)),
+        "cycle": cycle,
     }
     if settings.class_label >= 0:
         facts["class_label"] = settings.class_label

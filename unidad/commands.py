@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidad import checkpoint
-from unidad.backbones.load import Model, bundled_path, find_folder, student_steps
+from unidad.backbones.load import STUDENT_FILE, Model, bundled_path, find_folder, read_json, student_steps
 from unidad.backbones.load_text import (
     TextModel,
     decode_latents,
@@ -62,6 +62,7 @@ def load_product(name: str | Path) -> Model:
     facts = run.read()
     for finished in (run.student, run.path / "model"):
         if finished.is_dir():
+            _note_newer(run, finished)
             return open_model(finished)
     if facts["kind"] != "train":
         raise CheckpointError(f"'{path}' is a {facts['kind']} run that has not finished. Go on with --resume.")
@@ -83,6 +84,17 @@ def load_product(name: str | Path) -> Model:
         model, name=str(name), student_steps=steps, class_label=None if settings.class_label < 0 else settings.class_label
     )
     return replace(model, prompt=settings.prompt) if isinstance(model, TextModel) else model
+
+
+def _note_newer(run: RunFolder, product: Path) -> None:
+    """Say so where a run has gone on since its product was written."""
+    notes = read_json(product / STUDENT_FILE) if (product / STUDENT_FILE).exists() else {}
+    written, last = notes.get("cycle"), (checkpoint.names(run.checkpoints) or ["0"])[-1].split("-")[0]
+    if isinstance(written, int) and last.isdigit() and int(last) > written:
+        warnings.warn(
+            f"'{product}' is of cycle {written}, and its run has gone on to {int(last)}: finish it with --resume to have that.",
+            stacklevel=3,
+        )
 
 
 def _with_weights(model: Model, weights: dict[str, Tensor], lora_rank: int) -> Model:
@@ -332,14 +344,14 @@ def export_run(name: str, out: Path, half: bool = False) -> Path:
     assert isinstance(model.backbone, UNet2DBackbone)
     run = RunFolder(Path(name))
     facts: dict[str, object] = {"about": "Exported with unidad."}
-    if (run.path / RUN_FILE).exists():
-        data = run.read().get("data", {})
-        source = Path(str(run.read()["settings"].get("source", ""))).name
-        facts = {
-            "about": "Exported with unidad.",
-            "source": source,
+    if model.class_label is not None:
+        facts["class_label"] = model.class_label
+    if (run.path / RUN_FILE).exists() and run.read()["kind"] == "train":
+        data, settings = run.read().get("data", {}), run.read()["settings"]
+        facts |= {
+            "source": Path(str(settings.get("source", ""))).name,
             "target": f"{data.get('target')} ({data.get('count')} pictures)",
-            "made": made(run.read()["settings"]),
+            "made": made(settings),
         }
     if isinstance(model, TextModel):
         if model.student_steps is None:

@@ -293,9 +293,18 @@ def _check_together(settings: LoopSettings) -> None:
                 "'method' distill-then-adapt starts from a distilled student. Make one with `unidad distill` and give it as student_init."
             )
         return
-    if settings.method == "adapt-then-distill" and settings.target_warmup == 0:
-        raise SettingsError("'method' adapt-then-distill needs a first stage. Set target_warmup to its cycles.")
+    if settings.method == "adapt-then-distill":
+        _check_adapt_then_distill(settings)
     _check_uni_dad(settings)
+
+
+def _check_adapt_then_distill(settings: TrainSettings) -> None:
+    if settings.target_warmup == 0:
+        raise SettingsError("'method' adapt-then-distill needs a first stage. Set target_warmup to its cycles.")
+    if settings.dmd_weight == 0:
+        raise SettingsError("'method' adapt-then-distill distils by distribution matching, and 'dmd_weight' is 0. Raise it.")
+    if settings.target_teacher != "online":
+        raise SettingsError("'method' adapt-then-distill adapts a target teacher of its own: leave target_teacher=online.")
 
 
 def _check_source_teacher(settings: TrainSettings) -> None:
@@ -320,9 +329,7 @@ def _check_shard(settings: TrainSettings) -> None:
 
 def _check_uni_dad(settings: TrainSettings) -> None:
     if settings.cycles <= settings.target_warmup:
-        raise SettingsError(
-            f"'target_warmup' is {settings.target_warmup} of {settings.cycles} cycles: the student would learn nothing."
-        )
+        raise SettingsError(f"'target_warmup' is {settings.target_warmup} of {settings.cycles} cycles: no student would learn.")
     if 0 < settings.target_cycles < settings.target_warmup:
         raise SettingsError(
             f"'target_cycles' is {settings.target_cycles}, fewer than the {settings.target_warmup} of 'target_warmup'. Raise it."
@@ -335,6 +342,8 @@ def _check_uni_dad(settings: TrainSettings) -> None:
         raise SettingsError("'transfer' needs a target teacher that has learnt before the student begins: raise 'target_warmup'.")
     if settings.dmd_weight == 0 and settings.gan_weight == 0:
         raise SettingsError("'dmd_weight' and 'gan_weight' are both 0: the student would learn nothing. Raise one of them.")
+    if settings.dmd_weight == 0 and settings.anchor_weight > 0 and settings.anchor == "teacher":
+        raise SettingsError("'anchor' is a teacher, and with dmd_weight=0 there is none. Set anchor_weight=0, or anchor=pictures.")
     if settings.gan_weight > 0 and settings.disc_weight == 0:
         raise SettingsError(
             "'gan_weight' is above 0 but 'disc_weight' is 0: the heads would never learn. Raise 'disc_weight' or set both to 0."

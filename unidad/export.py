@@ -70,16 +70,22 @@ def save_student(
 
 
 def save_source(backbone: UNet2DBackbone, scheduler: dict[str, Any], out: Path, facts: dict[str, Any], half: bool = False) -> None:
-    """Write a many-step model as a DDPMPipeline folder with a DDIM scheduler; replaces `out` in one step."""
+    """Write a many-step model as a pipeline folder with a DDIM scheduler; replaces `out` in one step."""
     config = {k: v for k, v in scheduler.items() if v is not None}
     sampler = DDIMScheduler.from_config(config, clip_sample=True, timestep_spacing="trailing")
-    unet = plain_unet(backbone)
-    write_pipeline(DDPMPipeline(unet, sampler), out, facts, _source_card(facts), half)
+    _write_many_step(plain_unet(backbone), sampler, out, facts, half)
 
 
 def save_converted(unet: UNet2DModel, scheduler: DDPMScheduler, out: Path, facts: dict[str, Any]) -> None:
-    """Write a network as it is, learned sigma too, as a DDPMPipeline folder; replaces `out` in one step."""
-    write_pipeline(DDPMPipeline(unet, scheduler), out, facts, _source_card(facts), half=False)
+    """Write a network as it is, learned sigma too, as a pipeline folder; replaces `out` in one step."""
+    _write_many_step(unet, scheduler, out, facts, half=False)
+
+
+def _write_many_step(unet: UNet2DModel, sampler: Any, out: Path, facts: dict[str, Any], half: bool) -> None:
+    """DDPMPipeline hands no classes on, so that a class-conditional network goes into the stock pipeline that does."""
+    classes = unet.config.num_class_embeds
+    pipeline = DDPMPipeline(unet, sampler) if classes is None else ConsistencyModelPipeline(unet, sampler)
+    write_pipeline(pipeline, out, facts, _source_card(facts, classes), half)
 
 
 def write_pipeline(pipeline: Any, out: Path, notes: dict[str, Any], card: str, half: bool) -> None:
@@ -125,12 +131,21 @@ _MADE: dict[str, str] = {
 }
 
 
+def is_dmd2(settings: Mapping[str, Any]) -> bool:
+    """Whether they are those of `unidad distill`: the source teacher alone, and a single head."""
+    alone = settings.get("method", "uni-dad") == "uni-dad" and settings.get("target_teacher") == "off"
+    return alone and settings.get("heads") == "single" and settings.get("dmd_weight", 1) > 0
+
+
 def made(settings: Mapping[str, Any]) -> str:
-    """How a run with these settings made its product, as a sentence for the card."""
+    """How a training run with these settings made its product, as a sentence for the card."""
     method = settings.get("method", "uni-dad")
-    if method == "uni-dad" and settings["target_teacher"] == "off":
+    if is_dmd2(settings):
         return "Distilled by distribution matching with the source teacher alone (DMD2, arXiv 2405.14867)."
-    return _MADE[method]
+    if method == "uni-dad" and settings.get("dmd_weight", 1) == 0:
+        return "Trained by the GAN of Uni-DAD (arXiv 2511.18281) alone."
+    without = ", without a target teacher" if method == "uni-dad" and settings.get("target_teacher") == "off" else ""
+    return _MADE[method].removesuffix(".") + without + "."
 
 
 _HEADER = """---
@@ -140,7 +155,11 @@ tags: [unconditional-image-generation{tags}]
 """
 
 
-def _source_card(facts: dict[str, Any]) -> str:
+def _source_card(facts: dict[str, Any], classes: int | None) -> str:
+    pipeline, label, more = "DDPMPipeline", "", ""
+    if classes is not None:
+        pipeline, label = "ConsistencyModelPipeline", f", class_labels=torch.full((4,), {facts.get('class_label', 0)})"
+        more = f"\nIt knows {classes} classes, 0 to {classes - 1}; without class_labels they are drawn at random.\n"
     return (
         _HEADER.format(tags="")
         + f"""# {facts.get("title", "A diffusion model")}
@@ -148,11 +167,12 @@ def _source_card(facts: dict[str, Any]) -> str:
 {facts.get("about", "")}
 
 ```python
-from diffusers import DDPMPipeline
-pipe = DDPMPipeline.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
-pipe(batch_size=4, num_inference_steps=50).images
+import torch
+from diffusers import {pipeline}
+pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", use_safetensors=True)
+pipe(batch_size=4, num_inference_steps=50{label}).images
 ```
-"""
+{more}"""
     )
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from unidad.config import TrainSettings, build_settings
 from unidad.data import list_pictures, open_picture
 from unidad.device import pick_device, use_bf16
 from unidad.errors import DataError, ModelError, UserError
+from unidad.export import is_dmd2
 from unidad.run import RUN_FILE, RunFolder, package_version
 
 # As in pyproject.toml, with what an older one lacks.
@@ -105,15 +107,17 @@ def _run(path: Path) -> str:
         f"  product      {product or 'not written yet'}",
     ]
     if facts["kind"] == "train":
-        lines.insert(1, f"  method       {_method(build_settings(TrainSettings, settings))}")
+        lines.insert(1, f"  method       {_method(facts)}")
     return "\n".join(lines)
 
 
-def _method(settings: TrainSettings) -> str:
+def _method(facts: dict[str, Any]) -> str:
     """What made it, with the numbers that mattered to that."""
-    alone = settings.method == "uni-dad" and settings.target_teacher == "off"
+    settings, steps = build_settings(TrainSettings, facts["settings"]), facts.get("student_steps")
+    alone = is_dmd2(facts["settings"])
     words = ["distribution matching with the source teacher alone, as `unidad distill`" if alone else settings.method]
-    words += [] if settings.method == "finetune" else [f"K={settings.steps}"]
+    words += ["without a target teacher"] if settings.target_teacher == "off" and not alone else []
+    words += [f"K={len(steps)}"] if isinstance(steps, list) else []
     words += [f"a={settings.a}"] if settings.method == "uni-dad" and not alone else []
     words += [] if settings.method in ("finetune", "distill-then-adapt") else [f"k={settings.fake_updates}"]
     return ", ".join([*words, f"source {settings.source}"])
@@ -204,7 +208,7 @@ def _number_formats() -> str:
             "; not together with compile=true (torch 2.13 gives zero gradients), which is refused" if device.type == "cpu" else ""
         )
         return f"bf16 autocast{trap}"
-    return "fp32" + ("; bf16 is emulated by this CPU, two to three times slower" if device.type == "cpu" else "")
+    return "fp32" + ("; bf16 is emulated by this CPU, many times slower" if device.type == "cpu" else "")
 
 
 def _free_memory() -> int | None:

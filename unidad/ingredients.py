@@ -137,6 +137,7 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     steps = fitting_steps(settings, source)
     place = bundled_path(str(target), "targets")
     pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
+    pictures.notes.extend(student_notes(settings, student_init, steps))
     if pictures.masks is not None and settings.cutmix_above < 1:
         pictures.notes.append("These pictures have masks, so none is pieced together with another ('cutmix_above').")
     return Ingredients(source, pictures, student_init, adapted, steps)
@@ -154,6 +155,28 @@ def fitting_steps(settings: TrainSettings, source: Model) -> list[int] | None:
     if classes is not None and not 0 <= settings.class_label < classes:
         raise SettingsError(f"'{source.name}' is class-conditional: set class_label to a number in 0..{classes - 1}.")
     return None if settings.method == "finetune" else student_steps(settings, source.backbone.schedule)
+
+
+def student_notes(settings: TrainSettings, init: Model | None, steps: list[int] | None) -> list[str]:
+    """What there is to say of a student that begins as `init` and is to draw at `steps`.
+
+    Raises:
+        SettingsError: distill-then-adapt, which knows no other timesteps than those of `init`, is asked for others.
+    """
+    if init is None or steps is None or init.student_steps == steps:
+        return []
+    name, own = settings.student_init, init.student_steps
+    if settings.method == "distill-then-adapt":
+        if own is None:
+            raise SettingsError(f"'method' distill-then-adapt starts from a few-step student, and '{name}' is a many-step model.")
+        wanted = ",".join(map(str, own))
+        raise SettingsError(
+            f"'method' distill-then-adapt trains a student at its own timesteps: those of '{name}' are {own}, and the settings ask "
+            f"for {steps}. Set timesteps={wanted}."
+        )
+    if own is None:
+        return [f"The student begins as '{name}', a many-step model."]
+    return [f"The student begins as '{name}', which draws at the timesteps {own}; here it learns to draw at {steps}."]
 
 
 def student_steps(settings: TrainSettings, schedule: NoiseSchedule) -> list[int]:

@@ -36,7 +36,7 @@ from unidad.data import LatentStream, PictureSet, PictureStream, load_folder, to
 from unidad.device import pick_device
 from unidad.errors import SettingsError
 from unidad.export_text import save_lora, save_text_student
-from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_steps
+from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_notes, student_steps
 from unidad.masks import with_masks
 from unidad.noise import from_x0
 from unidad.prompts import in_contexts, read_templates
@@ -159,7 +159,8 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
     signed = to_signed(pictures.pixels).to(vae.device)
     latents = encode_pictures(vae, signed).cpu()
     mirrored = encode_pictures(vae, signed.flip(-1)).cpu() if settings.hflip else latents
-    notes = [*_notes(source.folder, settings), *declared_wrongly(source.backbone, latents[:1], told["student"])]
+    notes = [*student_notes(settings, student_init, steps), *_notes(source.folder, settings)]
+    notes += declared_wrongly(source.backbone, latents[:1], told["student"])
     pictures = replace(pictures, notes=[*pictures.notes, *notes])
     return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, captions, settings.lora_rank, told)
 

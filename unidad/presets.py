@@ -17,7 +17,7 @@ _AVATARS: dict[str, Any] = {
     "a": 0.75,
     "anchor": "teacher",
     "anchor_weight": 20.0,
-    "anchor_batch": 32,
+    "anchor_batch": 16,
     "gan_weight": 0.1,
     "disc_weight": 0.3,
     "features": "layer",
@@ -28,26 +28,22 @@ _AVATARS: dict[str, Any] = {
     "lr_decay": "cosine",
     "lr_fake": 4e-4,
     "lr_heads": 1e-4,
-    "lr_target": 1e-4,
+    "lr_target": 2e-4,
     "beta2": 0.99,
     "warmup": 20,
-    "target_warmup": 800,
-    "target_cycles": 800,
     "transfer": 1.0,
     "ema": 0.99,
 }
 
-# The same within ten minutes where the CPU has no bf16: a shorter adaptation at a higher rate, and half the anchor's pictures.
-_DEMO: dict[str, Any] = {"lr_target": 2e-4, "target_warmup": 400, "target_cycles": 400, "anchor_batch": 16}
+# Within ten minutes where the CPU has no bf16.
+_DEMO: dict[str, Any] = {"target_warmup": 400, "target_cycles": 400}
 
 # Under an hour: a target teacher that learns three times as long, mostly at little noise, and at much noise from composites.
 _LONG: dict[str, Any] = {
     "denoising_law": "detail",
     "cutmix_above": 0.5,
-    "lr_target": 2e-4,
     "target_warmup": 1200,
     "target_cycles": 1200,
-    "anchor_batch": 16,
     "cycles": 2050,
 }
 
@@ -120,7 +116,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "ema": 0.99,
         "cycles": 1200,
     },
-    "avatars-distill": _AVATARS | DISTILL | {"cycles": 3000, "hflip": False},
+    "avatars-distill": _AVATARS | DISTILL | {"anchor_batch": 32, "cycles": 3000, "hflip": False},
     "avatars-adapt-then-distill": _AVATARS | _LONG | {"method": "adapt-then-distill", "a": 1.0, "heads": "single"},
     "avatars-distill-then-adapt": {
         "source": "bundled:avatars",

@@ -96,7 +96,9 @@ def pretrain(
 def _finish(run: RunFolder, trainer: Trainer, job: Plain | Captioned, settings: PretrainSettings) -> None:
     began = "from scratch" if settings.init == "scratch" else f"on from '{public_name(settings.init)}'"
     about = f"Trained {began} with `unidad pretrain` on {job.count} pictures, {trainer.place.cycle} updates."
-    job.save(trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about})
+    job.save(
+        trainer.product, run.path / "model", {"title": "A source diffusion model", "about": about, "cycle": trainer.place.cycle}
+    )
 
 
 class Plain:

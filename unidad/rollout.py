@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -90,9 +91,9 @@ def ddim_trajectory(
         [B, K + 1, C, H, W], float32.
     """
     path = [tau for span in zip(steps, [*steps[1:], 0], per_step, strict=True) for tau in _span(*span)]
-    kept = []
-    for tau, (x, xhat) in zip(path, ddim_states(model, noise, path, labels), strict=True):
-        if tau in steps:
+    starts, kept = list(accumulate(per_step, initial=0))[:-1], []
+    for i, (x, xhat) in enumerate(ddim_states(model, noise, path, labels)):
+        if i in starts:
             kept.append(x)
         end = xhat
     return torch.stack([*kept, end], dim=1).float()

@@ -142,6 +142,11 @@ def _refuse_difference(run: RunFolder, facts: dict[str, Any]) -> None:
         raise CheckpointError(f"'{run.path}' holds a {before.get('kind')} run, not a {facts['kind']} run. Give another --out.")
     lines = []
     free = FREE_ON_RESUME - ({"cycles"} if facts["settings"].get("lr_decay") == "cosine" else set())
+    if "precision" in before:  # what it was in, and not what it was asked for: `auto` is another format on another machine
+        free |= {"precision"}
+        if before["precision"] != facts.get("precision"):
+            old = before["precision"]
+            lines.append(f"precision: was {old}, now {facts.get('precision')} (go on with --set precision={old})")
     if before.get("device") != facts.get("device"):
         lines.append(f"device: was {before.get('device')}, now {facts.get('device')} (random states cannot move between them)")
     kind = PretrainSettings if facts["kind"] == "pretrain" else TrainSettings

@@ -116,8 +116,9 @@ class Trainer:
         self._refuse_full_disk()
         started = time.monotonic() - self.place.seconds
         session = time.monotonic()
-        with passing_on(self._ask), self.log.progress(self.place.cycle, s.cycles, s.max_minutes):
-            if self.place.cycle == 0:
+        limit = s.max_minutes and s.max_minutes + self.place.seconds / 60
+        with passing_on(self._ask), self.log.progress(self.place.cycle, s.cycles, limit):
+            if s.sample_every and self.place.cycle == 0:
                 self._sample()
             while self.place.cycle < last:
                 self._cycle()
@@ -145,7 +146,7 @@ class Trainer:
                 self.place.repeat += 1
             self.place.phase, self.place.repeat = self.place.phase + 1, 0
         self.place.cycle, self.place.phase = self.place.cycle + 1, 0
-        if self.ema is not None:
+        if self.ema is not None and any(self.method.product in phase.trains for phase in phases):
             self.ema.update_parameters(self.method.networks[self.method.product])
 
     @torch.no_grad()

@@ -12,7 +12,9 @@ from unidad.cli.converting_sd import add_stable_diffusion
 
 def add_convert(commands: Commands) -> None:
     """`unidad convert KIND`."""
-    parser = commands.add_parser("convert", help="Checkpoints of other code to diffusers folders, and back.")
+    about = "Checkpoints of other code to diffusers folders, and back."
+    more = "`unidad convert KIND --help` has examples for each."
+    parser = commands.add_parser("convert", help=about, description=about, epilog=more)
     kinds = parser.add_subparsers(metavar="KIND", required=True, parser_class=Parser)
     _add_from(kinds)
     _add_to(kinds)

@@ -16,6 +16,8 @@ from unidad.errors import CheckpointError, SettingsError, did_you_mean
 if TYPE_CHECKING:
     from unidad.config import TrainSettings
 
+EMPTY: Mapping[str, object] = {}
+
 
 def add_train(commands: Commands) -> None:
     """`unidad train`."""
@@ -62,7 +64,9 @@ def _add_job(parser: argparse.ArgumentParser, few_steps: bool = True) -> None:
     if few_steps:
         parser.add_argument("--steps", type=int, metavar="K", help="network evaluations per picture, usually 1 to 4 (3)")
     parser.add_argument(
-        "--preset", metavar="NAME", help="named settings, which `unidad train --help` lists (avatars for the bundled source)"
+        "--preset",
+        metavar="NAME",
+        help="named settings, which `unidad train --help` lists (the command's own for the bundled source)",
     )
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its value, and stop")
     parser.add_argument(
@@ -145,10 +149,13 @@ def _distill(args: argparse.Namespace, console: Console) -> int:
     from unidad.presets import DISTILL
 
     told = {"prompt": args.prompt, "class_prompt": args.prompt} if args.prompt else {}  # every network is told the same
-    return _job(args, console, "avatars-distill", DISTILL | told)
+    return _job(args, console, "avatars-distill", told, DISTILL)
 
 
-def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping[str, object]) -> int:
+def _job(
+    args: argparse.Namespace, console: Console, preset: str, given: Mapping[str, object], command: Mapping[str, object] = EMPTY
+) -> int:
+    """Settings: a preset, what the command asks for and what is given; or of a run that goes on its own, and what is given."""
     from unidad.config import TrainSettings, build_settings, parse_overrides, read_config
     from unidad.presets import PRESETS
 
@@ -161,7 +168,8 @@ def _job(args: argparse.Namespace, console: Console, preset: str, layer: Mapping
     preset = args.preset or (preset if source == "bundled:avatars" and not own else "")
     if preset and preset not in PRESETS:
         raise SettingsError(f"There is no preset '{preset}'.{did_you_mean(preset, PRESETS)} Known: {', '.join(PRESETS)}.")
-    settings = build_settings(TrainSettings, PRESETS.get(preset, {}) if args.preset or not own else own, layer, chosen, overrides)
+    first = (own,) if own and not args.preset else (PRESETS.get(preset, {}), command)
+    settings = build_settings(TrainSettings, *first, given, chosen, overrides)
     if args.list_settings:
         print(_listed(settings))
         return 0

@@ -43,7 +43,9 @@ def add_sample(commands: Commands) -> None:
     )
     add_class_label(parser)
     parser.add_argument(
-        "--batch-size", type=int, help="changes speed and memory, never the pictures (32 up to 64 pixels, fewer above: 2 at 256)"
+        "--batch-size",
+        type=int,
+        help="changes speed and memory, never the pictures (32 up to 64 pixels or latents a side, fewer above: 2 at 256)",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
 
@@ -92,7 +94,9 @@ def add_evaluate(commands: Commands) -> None:
     )
     _add_subject(parser)
     # `torchrun` takes --n for its own, wherever it stands
-    parser.add_argument("-n", "--n", type=int, help="samples to draw (1000); with --track sdp of each prompt (4)")
+    parser.add_argument(
+        "-n", "--n", type=int, help="samples to draw, or pictures of a folder to take (1000); with --track sdp of each prompt (4)"
+    )
     parser.add_argument("--steps", type=int, metavar="K", help="steps to draw with; as for `unidad sample`")
     parser.add_argument("--seed", type=int, default=0)
     add_class_label(parser)
