@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from loop import make, record
 from PIL import Image
+from tiny import words
 
 from unidad import ingredients, ingredients_text
 from unidad.backbones.unet2d import UNet2DBackbone
+from unidad.cli import main
 from unidad.export import save_source
+from unidad.train import Trainer
 
 torch.set_num_threads(1)
 
@@ -68,3 +73,29 @@ def no_report() -> Iterator[None]:
         for module in (ingredients, ingredients_text):
             patch.setattr(module, "write_report", lambda *_, **__: None)
         yield
+
+
+# Files with a `run` of another kind have it under the same name, which wins there.
+
+
+@pytest.fixture(scope="module")
+def run(no_report: None, source: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two cycles."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    assert main(words(source, picture_folder, out)) == 0
+    return out
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "student").rename(tmp_path / "student")  # so that the checkpoint is what is read
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, picture_folder) -> tuple[Trainer, list[tuple]]:
+    trainer = make(tmp_path_factory.mktemp("whole"), picture_folder)
+    seen = record(trainer)
+    trainer.fit()
+    return trainer, seen

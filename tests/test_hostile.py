@@ -27,21 +27,6 @@ from unidad.errors import CheckpointError, DataError, ModelError
 pytestmark = pytest.mark.usefixtures("no_report")
 
 
-@pytest.fixture(scope="module")
-def run(no_report: None, source: Path, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two cycles."""
-    out = tmp_path_factory.mktemp("runs") / "two"
-    assert main(words(source, picture_folder, out)) == 0
-    return out
-
-
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "student").rename(tmp_path / "student")  # so that the checkpoint is what is read
-    return tmp_path / "run"
-
-
 class Canary:
     """Unpickling it makes a file."""
 

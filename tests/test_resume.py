@@ -16,14 +16,6 @@ from unidad.signals import Stopped
 from unidad.train import Trainer
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, picture_folder) -> tuple[Trainer, list[tuple]]:
-    trainer = make(tmp_path_factory.mktemp("whole"), picture_folder)
-    seen = record(trainer)
-    trainer.fit()
-    return trainer, seen
-
-
 @pytest.mark.parametrize("stop_in_update", [1, 2, 3, 4, 7])
 def test_resume_is_bit_equal(stop_in_update, whole_run, tmp_path, picture_folder):
     """A cycle is student, fake teacher, fake teacher, target teacher: 1, 2, 3 stop in mid cycle, 1 with a batch carried over."""

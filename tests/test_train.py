@@ -20,16 +20,7 @@ from unidad.errors import NonFiniteError
 from unidad.log import Log
 from unidad.methods.base import Method, Phase
 from unidad.run import RunFolder
-from unidad.train import SKIPS_IN_A_ROW, Trainer
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, picture_folder) -> tuple[Trainer, list[tuple]]:
-    trainer = make(tmp_path_factory.mktemp("whole"), picture_folder)
-    seen = record(trainer)
-    trainer.fit()
-    return trainer, seen
-
+from unidad.train import SKIPS_IN_A_ROW
 
 # -- updates ----------------------------------------------------------------------------------------------------------
 
