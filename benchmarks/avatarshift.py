@@ -186,8 +186,9 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     kept = args.runs / target.name / f"{name}-seed{seed}-n{args.n}.json"
     if kept.exists():
         found = json.loads(kept.read_text())
-        if found["set"] != args.set:
-            raise SystemExit(f"{kept} was measured with --set {found['set']}, not {args.set}. Give another --runs.")
+        told = found.get("set", [])  # older ones do not say where there was none
+        if told != args.set:
+            raise SystemExit(f"{kept} was measured with --set {told}, not {args.set}. Give another --runs.")
         return found
     cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set, args.short) if out else {}
     model = load_product(out or "bundled:avatars")

@@ -77,6 +77,7 @@ def test_a_cell_measured_with_other_settings_is_not_taken_for_this_one(bench, tm
     (tmp_path / "t" / "ft-50-seed0-n9.json").write_text(json.dumps({"set": []}))
     with pytest.raises(SystemExit, match="Give another --runs"):
         bench.cell(bench.Target("t", tmp_path, tmp_path), "ft-50", 0, args, None)
-    assert bench.cell(bench.Target("t", tmp_path, tmp_path), "ft-50", 0, SimpleNamespace(**(vars(args) | {"set": []})), None) == {
-        "set": []
-    }
+    (tmp_path / "t" / "ft-25-seed0-n9.json").write_text("{}")
+    for method, kept in (("ft-50", {"set": []}), ("ft-25", {})):
+        same = SimpleNamespace(**(vars(args) | {"set": []}))
+        assert bench.cell(bench.Target("t", tmp_path, tmp_path), method, 0, same, None) == kept
