@@ -313,3 +313,4 @@ def test_distill_then_adapt_keeps_to_the_students_own_timesteps(distilled, sourc
     assert main([*words, "--set", f"student_init={distilled}", "--steps", "2"]) == 0
     notes = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["notes"]
     assert any("draws at the timesteps [998, 665, 332]; here it learns to draw at [999, 499]" in note for note in notes), notes
+    assert str(distilled.parent) not in (tmp_path / "out" / "report.html").read_text(), "reports are shown around"

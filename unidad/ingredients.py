@@ -21,7 +21,7 @@ from unidad.export import save_source, save_student
 from unidad.masks import with_masks
 from unidad.noise import NoiseSchedule
 from unidad.report import write_report
-from unidad.run import RunFolder
+from unidad.run import RunFolder, public_name
 from unidad.sample import draw
 
 GRID_SAMPLES = 48
@@ -175,8 +175,8 @@ def student_notes(settings: TrainSettings, init: Model | None, steps: list[int] 
             f"for {steps}. Set timesteps={wanted}."
         )
     if own is None:
-        return [f"The student begins as '{name}', a many-step model."]
-    return [f"The student begins as '{name}', which draws at the timesteps {own}; here it learns to draw at {steps}."]
+        return [f"The student begins as '{public_name(name)}', a many-step model."]
+    return [f"The student begins as '{public_name(name)}', which draws at the timesteps {own}; here it learns to draw at {steps}."]
 
 
 def student_steps(settings: TrainSettings, schedule: NoiseSchedule) -> list[int]:

@@ -20,7 +20,7 @@ from unidad.backbones.base import Backbone
 from unidad.data import PictureSet, picture_grid
 from unidad.metrics.distances import intra_diversity
 from unidad.metrics.features import EfficientNetLite0
-from unidad.run import RunFolder, replacing
+from unidad.run import RunFolder, public_name, replacing
 from unidad.sample import draw
 
 SHOWN = 48
@@ -153,6 +153,11 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     return "".join(curve(name, [(row["cycle"], row["losses"][name]) for row in rows if name in row["losses"]]) for name in names)
 
 
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for whoever is shown the report: folders by their own names, without the path on this machine."""
+    return {k: public_name(v) if isinstance(v, str) and Path(v).is_absolute() else v for k, v in settings.items()}
+
+
 def _table(facts: dict[str, Any]) -> str:
     cells = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
     return f"<table>{cells}</table>"
@@ -212,7 +217,7 @@ def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict
 <h2>Losses</h2>{_curves(rows)}
 <h2>The pictures it learnt from</h2><img src="{_inline(contact)}" alt="contact sheet">
 <p>{html.escape(" ".join(notes))}</p>
-<h2>Settings</h2><div class="columns">{_table(facts["settings"])}</div>
+<h2>Settings</h2><div class="columns">{_table(_public(facts["settings"]))}</div>
 <h2>Made with</h2>{_table(machine | {"hash of " + k: v for k, v in facts["hashes"].items()})}
 </html>
 """
