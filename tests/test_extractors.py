@@ -14,10 +14,12 @@ from PIL import Image
 
 from unidad.cli import main
 from unidad.data import load_folder
+from unidad.device import MOST
 from unidad.errors import ModelError, SettingsError
 from unidad.metrics import weights as files
 from unidad.metrics.extractors import load_extractor
-from unidad.metrics.features import resized
+from unidad.metrics.features import EfficientNetLite0, at_a_time, resized
+from unidad.metrics.inception import Inception
 
 
 def pictures(n: int, seed: int = 0, side: int = 32) -> torch.Tensor:
@@ -340,3 +342,19 @@ def test_the_command_keeps_features_by_content_unless_told_not_to(folders, tmp_p
 def test_the_command_says_what_is_missing_before_it_draws(folders, capsys, more, message):
     assert main(["evaluate", folders["samples"], "--reference", folders["reference"], *more]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("network", "side"),
+    [(lambda: EfficientNetLite0()._network.extract_features, 224), (Inception, 299)],
+    ids=["efficientnet", "inception"],
+)
+def test_no_layer_asks_for_more_than_the_process_keeps(network, side):
+    """On a CPU, with as many pictures at a time as are usual: larger blocks come from the system and are cleared each time."""
+    found = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *told: found.append(told[2].nbytes))
+    with torch.inference_mode():
+        network()(torch.zeros(1, 3, side, side))
+    hook.remove()
+    assert len(found) > 50
+    assert max(found) * at_a_time("cpu") <= MOST < max(found) * at_a_time("cuda")

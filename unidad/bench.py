@@ -280,7 +280,7 @@ def bench_evaluate(extractor: str, n: int, size: int) -> dict[str, Any]:
     """
     if min(n, size) < 1:
         raise SettingsError("-n and --size must be at least 1.")
-    judge = load_extractor(extractor)
+    judge = load_extractor(extractor, device=pick_device("cpu"))
     pixels = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     judge(pixels[:8])
     start = time.perf_counter()

@@ -68,14 +68,11 @@ def make_accelerator(settings: LoopSettings, run: RunFolder) -> Accelerator:
         SettingsError: if a tracker is asked for that is not installed.
     """
     wanted = pick_tracker(settings)
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=pick_device(settings.device).type == "cpu",
         log_with=None if wanted == "none" else wanted,
         project_dir=str(run.path),
     )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    return accelerator
 
 
 def keep_freed_memory() -> None:
@@ -98,7 +95,7 @@ def start_trackers(accelerator: Accelerator) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named, or for "auto" cuda, mps or cpu, whichever is there first.
+    """The device named, or for "auto" cuda, mps or cpu, whichever is there first; on a CPU memory that is freed is kept from then on.
 
     Raises:
         SettingsError: if the one asked for is not there.
@@ -108,8 +105,8 @@ def pick_device(name: str) -> torch.device:
         raise SettingsError(
             f"There is no {name} device here, or this torch was built without it. Use --device auto, or see `unidad doctor`."
         )
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
+    return torch.device(name)

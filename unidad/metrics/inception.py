@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unidad.errors import ModelError
-from unidad.metrics.features import in_batches
+from unidad.metrics.features import at_a_time, in_batches
 
 Kernel = int | tuple[int, int]
 Layer = tuple[str, int, Kernel]  # name, channels out, kernel
@@ -151,7 +151,7 @@ class InceptionFid:
     Args:
         state: the weights by name; those of the class head (`fc.*`) are passed over.
         digest: sha256 of the file they came from.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time; `at_a_time` unless given.
         device: where the network runs.
 
     Raises:
@@ -161,8 +161,8 @@ class InceptionFid:
     name = "inception-fid"
     resize = "bilinear to 299x299, not antialiased"
 
-    def __init__(self, state: Mapping[str, Tensor], digest: str, batch_size: int = 32, device: torch.device | str = "cpu"):
-        self.digest, self.batch_size, self.device = digest, batch_size, torch.device(device)
+    def __init__(self, state: Mapping[str, Tensor], digest: str, batch_size: int | None = None, device: torch.device | str = "cpu"):
+        self.digest, self.batch_size, self.device = digest, batch_size or at_a_time(device), torch.device(device)
         self._network = Inception()
         # a plain dict: without the version that a state dict carries, absent counters `num_batches_tracked` are no error
         used = {key: value for key, value in state.items() if not key.startswith("fc.")}

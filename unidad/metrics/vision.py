@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unidad.errors import ModelError, SettingsError
-from unidad.metrics.features import in_batches, resized
+from unidad.metrics.features import at_a_time, in_batches, resized
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class VisionFeatures:
         family: "dino" (the first one, arXiv 2104.14294: a plain ViT, whose pooler, which it never had, is left out), "dinov2" or "clip".
         source: a folder saved by transformers, or a hub id.
         download: fetch a hub id that the local cache does not hold.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time; `at_a_time` unless given.
         device: where the network runs.
 
     Raises:
@@ -61,13 +61,13 @@ class VisionFeatures:
         family: str,
         source: str | Path | None = None,
         download: bool = False,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ):
         self._kind, self._family = family, FAMILIES[family]
         source = str(source or self._family.hub_id)
         self._source, self._local = source, {"local_files_only": Path(source).is_dir() or not download}
-        self.batch_size, self.device = batch_size, torch.device(device)
+        self.batch_size, self.device = batch_size or at_a_time(device), torch.device(device)
         network = _load(family, source, download)
         self._network = network.eval().requires_grad_(False).to(self.device)
         self._side = self._family.side or int(getattr(network.config, "vision_config", network.config).image_size)
