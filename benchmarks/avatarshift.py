@@ -3,10 +3,10 @@
     python benchmarks/avatarshift.py                                       Uni-DAD on toonHead and bottts by the long preset
     python benchmarks/avatarshift.py --targets toonHead my_folder --methods all --seeds 0 1 2
     python benchmarks/avatarshift.py --short --targets toonHead lorelei bottts sunglasses --methods main     a quarter of an hour a cell
-    python benchmarks/avatarshift.py --methods uni-dad ft-50 --set cycles=300
+    python benchmarks/avatarshift.py --methods uni-dad ft-50 --set batch_size=4 --runs runs/bench-4
 
 A target is toonHead, lorelei, bottts or sunglasses, whose 2,000 held-out pictures scripts/avatars/draw.mjs draws once (needs node
-and npm), or a folder with two folders in it, train/ and heldout/. Every cell (target, method, seed) is a run of its own under
+and npm), or a folder with two folders in it, train/ (the first ten are taken) and heldout/. Every cell (target, method, seed) is a run of its own under
 --runs; finished ones are not repeated and broken-off ones go on. Results: a JSON file to which rows are added, a Markdown table of those
 asked for, and a grid for each target.
 """
@@ -124,6 +124,12 @@ def find_target(name: str, folder: Path, count: int = 2000) -> Target:
     """A bundled target, its held-out pictures drawn if they are not there, or a folder with train/ and heldout/."""
     if name not in bundled_names("targets"):
         path = Path(name)
+        for part in ("train", "heldout"):
+            if not (path / part).is_dir():
+                known = ", ".join(bundled_names("targets"))
+                raise SystemExit(
+                    f"There is no folder '{path / part}'. A target is one of {known}, or a folder with train/ and heldout/ in it."
+                )
         return Target(path.name, path / "train", path / "heldout")
     return Target(name, bundled_path(f"bundled:{name}", "targets"), drawn(name, folder / name, count, "heldout"))
 
@@ -150,11 +156,22 @@ def settings_of(row: Row, short: bool) -> dict[str, Any]:
     return settings
 
 
-def train_cell(row: Row, pictures: Path, out: Path, seed: int, overrides: list[str], short: bool) -> dict[str, Any]:
-    """Run `unidad train` in a process of its own, unless it is done; what it cost is kept beside it."""
+def read_cost(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What the run in `out` cost, or None where it is not done; SystemExit where something else was asked of it."""
     done = out / "cost.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    if not done.exists():
+        return None
+    found = json.loads(done.read_text())
+    told = {key: found.pop(key, asked[key]) for key in asked}  # older ones do not say
+    other = "; ".join(f"{key} {told[key]} instead of {asked[key]}" for key in asked if told[key] != asked[key])
+    if other:
+        raise SystemExit(f"The run in {out} was trained with {other}. Give another --runs.")
+    return found
+
+
+def train_cell(row: Row, pictures: Path, out: Path, seed: int, asked: dict[str, Any]) -> dict[str, Any]:
+    """Run `unidad train` in a process of its own; what it cost is kept beside it, with what was asked."""
+    short, overrides = asked["short"], asked["set"]
     pairs = [f"{k}={v}" for k, v in settings_of(row, short).items()] + overrides
     options = [word for pair in pairs for word in ("--set", pair)]
     command = [sys.executable, "-m", "unidad.cli", "train", "--target", str(pictures), "--out", str(out), "--preset", row.preset]
@@ -164,7 +181,7 @@ def train_cell(row: Row, pictures: Path, out: Path, seed: int, overrides: list[s
         raise SystemExit(f"The run in {out} failed; its own message is above. Start the benchmark again to go on.")
     last = read_log(out / "log.jsonl")[-1]
     cost = {"minutes": last["seconds"] / 60, "updates": last["updates"], "peak_gb": usage.ru_maxrss / 1e6}
-    done.write_text(json.dumps(cost) + "\n")
+    (out / "cost.json").write_text(json.dumps(cost | asked) + "\n")
     return cost
 
 
@@ -184,13 +201,18 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     row = METHODS[name]
     out = args.runs / target.name / f"{row.run}-seed{seed}" if row.run else None
     kept = args.runs / target.name / f"{name}-seed{seed}-n{args.n}.json"
+    pictures = few(target, row.shots, args.runs)
+    asked = {"short": args.short, "set": args.set, "pictures": load_folder(pictures, 32).digest}
+    cost = read_cost(out, asked) if out else {}
     if kept.exists():
         found = json.loads(kept.read_text())
         told = found.get("set", [])  # older ones do not say where there was none
         if told != args.set:
             raise SystemExit(f"{kept} was measured with --set {told}, not {args.set}. Give another --runs.")
         return found
-    cost = train_cell(row, few(target, row.shots, args.runs), out, seed, args.set, args.short) if out else {}
+    if cost is None:
+        assert out is not None
+        cost = train_cell(row, pictures, out, seed, asked)
     model = load_product(out or "bundled:avatars")
     samples = samples_of(model, row.nfe, args.n, None if out else args.runs / f"source-{row.nfe}-n{args.n}.safetensors")
     size = samples.shape[-1]
@@ -252,6 +274,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heldout", type=Path, default=ROOT / "data" / "heldout")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
+    if args.n < 2:
+        parser.error("--n must be at least 2.")
+    if min(args.seeds) < 0:
+        parser.error("--seeds must be at least 0.")
     args.methods = list(METHODS) if "all" in args.methods else list(MAIN) if "main" in args.methods else args.methods
     args.runs = args.runs or ROOT / "runs" / ("bench-short" if args.short else "bench")
     return args
@@ -271,8 +297,7 @@ def main() -> int:
     """Run what is asked for; results are written after every cell."""
     args, extractor, results = parse(), EfficientNetLite0(), []
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.targets:
-        target = find_target(name, args.heldout)
+    for target in [find_target(name, args.heldout) for name in args.targets]:
         for seed in args.seeds:
             for method in args.methods:
                 results.append(cell(target, method, seed, args, extractor))

@@ -54,6 +54,10 @@ def test_fewer_shots_are_the_first_pictures(bench, picture_folder, tmp_path):
 
 
 def test_a_folder_of_ones_own_is_a_target(bench, tmp_path):
+    for part in ("train", "heldout"):
+        with pytest.raises(SystemExit, match=f"no folder '.*{part}'. A target is one of bottts, "):
+            bench.find_target(str(tmp_path / "mine"), tmp_path)
+        (tmp_path / "mine" / part).mkdir(parents=True)
     target = bench.find_target(str(tmp_path / "mine"), tmp_path)
     assert (target.name, target.train, target.heldout) == ("mine", tmp_path / "mine" / "train", tmp_path / "mine" / "heldout")
 
@@ -71,13 +75,27 @@ def test_results_are_added_to_those_of_before(bench, tmp_path):
     assert kept["features"] == "f"
 
 
-def test_a_cell_measured_with_other_settings_is_not_taken_for_this_one(bench, tmp_path):
+def test_a_cell_measured_with_other_settings_is_not_taken_for_this_one(bench, picture_folder, tmp_path):
     args = SimpleNamespace(runs=tmp_path, n=9, set=["a=1"], short=False)
+    target = bench.Target("t", picture_folder, picture_folder)
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "ft-50-seed0-n9.json").write_text(json.dumps({"set": []}))
     with pytest.raises(SystemExit, match="Give another --runs"):
-        bench.cell(bench.Target("t", tmp_path, tmp_path), "ft-50", 0, args, None)
+        bench.cell(target, "ft-50", 0, args, None)
     (tmp_path / "t" / "ft-25-seed0-n9.json").write_text("{}")
     for method, kept in (("ft-50", {"set": []}), ("ft-25", {})):
         same = SimpleNamespace(**(vars(args) | {"set": []}))
-        assert bench.cell(bench.Target("t", tmp_path, tmp_path), method, 0, same, None) == kept
+        assert bench.cell(target, method, 0, same, None) == kept
+
+
+def test_a_run_of_other_pictures_length_or_settings_is_not_taken_for_this_one(bench, tmp_path):
+    asked = {"short": False, "set": ["a=1"], "pictures": "abc"}
+    assert bench.read_cost(tmp_path, asked) is None
+    done = tmp_path / "cost.json"
+    done.write_text(json.dumps(asked | {"minutes": 2}))
+    assert bench.read_cost(tmp_path, asked) == {"minutes": 2}
+    for other in ({"short": True}, {"set": []}, {"pictures": "def"}):
+        with pytest.raises(SystemExit, match=f"trained with {next(iter(other))} .* Give another --runs"):
+            bench.read_cost(tmp_path, asked | other)
+    done.write_text(json.dumps({"minutes": 2}))
+    assert bench.read_cost(tmp_path, asked) == {"minutes": 2}, "older runs do not say"

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from unidad import info, ingredients
+from unidad import commands, info, ingredients
 from unidad.cli import main
 from unidad.config import TrainSettings
 from unidad.report import read_log
@@ -100,6 +100,24 @@ def test_evaluate_writes_its_scores(run: Path, picture_folder: Path, tmp_path: P
     assert scores["frechet_distance"] > 0
     assert "Frechet distance" in capsys.readouterr().out
     assert (tmp_path / "p.png").exists()
+
+
+def test_evaluate_refuses_before_it_draws(
+    run: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(commands, "load_product", lambda *_: pytest.fail("it began to draw"))
+    (tmp_path / "empty").mkdir()
+    pictures = ["--reference", str(picture_folder), "--train", str(picture_folder)]
+    for more, said in (
+        ([*pictures, "--panel", str(tmp_path / "p")], "must end in .png or .jpg or .webp"),
+        ([*pictures, "--panel", str(tmp_path / "p.txt")], "must end in"),
+        ([*pictures, "--json", str(tmp_path)], "is a folder. Give the name of a file"),
+        (["--reference", str(tmp_path / "empty")], "holds no pictures"),
+        ([*pictures[:2], "--train", str(tmp_path / "nowhere")], "There is no folder"),
+        ([*pictures[:2], "--train", "bundled:toonhead"], "Did you mean 'toonHead'?"),
+    ):
+        assert main(["evaluate", str(run), *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_info_says_what_things_are(run: Path, source: Path, picture_folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -47,6 +47,7 @@ from unidad.signals import Stopped, passing_on
 
 DEFAULT_DDIM_STEPS = 50
 DRAWN_AT_ONCE = 50  # pictures to be scored
+PANELS = (".png", ".jpg", ".webp")
 
 
 def load_product(name: str | Path) -> Model:
@@ -293,7 +294,7 @@ def evaluate_command(args: argparse.Namespace) -> str | None:
 
 
 def _check_evaluate(args: argparse.Namespace) -> None:
-    """Raise SettingsError for what would otherwise come out after minutes of drawing."""
+    """Raise SettingsError or DataError for what would otherwise come out after minutes of drawing."""
     if args.panel and not args.train:
         raise SettingsError("--panel needs --train FOLDER.")
     if args.extractor.startswith("lpips-") and not args.train:
@@ -303,6 +304,13 @@ def _check_evaluate(args: argparse.Namespace) -> None:
     for flag, file in (("--json", args.json), ("--panel", args.panel)):
         if file and not Path(file).absolute().parent.is_dir():
             raise SettingsError(f"{flag}: there is no folder '{Path(file).parent}'. Make it first or give another file.")
+        if file and Path(file).is_dir():
+            raise SettingsError(f"{flag}: '{file}' is a folder. Give the name of a file to write.")
+    if args.panel and Path(args.panel).suffix.lower() not in PANELS:
+        raise SettingsError(f"--panel writes a picture: '{args.panel}' must end in {' or '.join(PANELS)}.")
+    for folder in (args.reference, args.train):
+        if folder and not folder.endswith(".npz"):
+            list_pictures(bundled_path(folder, "targets"))
 
 
 def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, object]]:
