@@ -109,7 +109,7 @@ def test_evaluate_refuses_before_it_draws(
     (tmp_path / "empty").mkdir()
     pictures = ["--reference", str(picture_folder), "--train", str(picture_folder)]
     for more, said in (
-        ([*pictures, "--panel", str(tmp_path / "p")], "must end in .png or .jpg or .webp"),
+        ([*pictures, "--panel", str(tmp_path / "p")], "must end in .png or .jpg or .jpeg or .webp"),
         ([*pictures, "--panel", str(tmp_path / "p.txt")], "must end in"),
         ([*pictures, "--json", str(tmp_path)], "is a folder. Give the name of a file"),
         (["--reference", str(tmp_path / "empty")], "holds no pictures"),

@@ -47,7 +47,7 @@ from unidad.signals import Stopped, passing_on
 
 DEFAULT_DDIM_STEPS = 50
 DRAWN_AT_ONCE = 50  # pictures to be scored
-PANELS = (".png", ".jpg", ".webp")
+PANELS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def load_product(name: str | Path) -> Model:
