@@ -130,6 +130,8 @@ def find_target(name: str, folder: Path, count: int = 2000) -> Target:
                 raise SystemExit(
                     f"There is no folder '{path / part}'. A target is one of {known}, or a folder with train/ and heldout/ in it."
                 )
+        if path.name in bundled_names("targets"):
+            raise SystemExit(f"'{path}' has the name of a bundled target, whose results it would be taken for. Rename the folder.")
         return Target(path.name, path / "train", path / "heldout")
     return Target(name, bundled_path(f"bundled:{name}", "targets"), drawn(name, folder / name, count, "heldout"))
 

@@ -58,6 +58,10 @@ def test_a_folder_of_ones_own_is_a_target(bench, tmp_path):
         with pytest.raises(SystemExit, match=f"no folder '.*{part}'. A target is one of bottts, "):
             bench.find_target(str(tmp_path / "mine"), tmp_path)
         (tmp_path / "mine" / part).mkdir(parents=True)
+    for part in ("train", "heldout"):
+        (tmp_path / "toonHead" / part).mkdir(parents=True)
+    with pytest.raises(SystemExit, match="name of a bundled target"):
+        bench.find_target(str(tmp_path / "toonHead"), tmp_path)
     target = bench.find_target(str(tmp_path / "mine"), tmp_path)
     assert (target.name, target.train, target.heldout) == ("mine", tmp_path / "mine" / "train", tmp_path / "mine" / "heldout")
 

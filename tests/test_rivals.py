@@ -314,3 +314,12 @@ def test_distill_then_adapt_keeps_to_the_students_own_timesteps(distilled, sourc
     notes = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["notes"]
     assert any("draws at the timesteps [998, 665, 332]; here it learns to draw at [999, 499]" in note for note in notes), notes
     assert str(distilled.parent) not in (tmp_path / "out" / "report.html").read_text(), "reports are shown around"
+
+
+@pytest.mark.parametrize("more", [[], ["--preset", "avatars-demo"], ["--source", "elsewhere"]])
+def test_adapt_then_distill_has_a_single_head_whatever_the_preset(more, capsys):
+    """As DMD2 has, unless it is told otherwise."""
+    words = ["train", "--method", "adapt-then-distill", "--list-settings", "--set", "target_warmup=1", *more]
+    for told, heads in (([], "single"), (["--set", "heads=multi"], "multi")):
+        assert main([*words, *told]) == 0
+        assert f"heads: {heads}" in capsys.readouterr().out

@@ -320,6 +320,10 @@ def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, 
         files = [file for file in list_pictures(path) if file.name != GRID]
         if not files:
             raise DataError(f"'{path}' holds no pictures but a grid.")
+        if args.n != len(files):
+            warnings.warn(
+                f"'{path}' holds {len(files)} pictures, and --n is {args.n}: {min(args.n, len(files))} are scored.", stacklevel=2
+            )
         size = min(open_picture(files[0])[0].size)
         return load_files(files[: args.n], size, path).pixels, {"drawn_with": None}
     model = load_product(args.samples)

@@ -100,6 +100,9 @@ DISTILL: dict[str, Any] = {
     "transfer": 0.0,
 }
 
+# The same for the second stage of adapt-then-distill.
+TWO_STAGE: dict[str, Any] = {"heads": "single"}
+
 # The paper's rivals (METHOD §9) on the same model, pictures and student to start from.
 _RIVALS: dict[str, dict[str, Any]] = {
     "avatars-finetune": {
@@ -117,7 +120,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "cycles": 1200,
     },
     "avatars-distill": _AVATARS | DISTILL | {"anchor_batch": 32, "cycles": 3000, "hflip": False},
-    "avatars-adapt-then-distill": _AVATARS | _LONG | {"method": "adapt-then-distill", "a": 1.0, "heads": "single"},
+    "avatars-adapt-then-distill": _AVATARS | _LONG | TWO_STAGE | {"method": "adapt-then-distill", "a": 1.0},
     "avatars-distill-then-adapt": {
         "source": "bundled:avatars",
         "student_init": "bundled:avatars-3step",

@@ -137,8 +137,11 @@ def add_reproduce(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace, console: Console) -> int:
+    from unidad.presets import TWO_STAGE
+
     rival = f"-{args.method}" if args.method not in (None, "uni-dad") else ""
-    return _job(args, console, f"avatars{rival}", flags(args, ("method", "prompt", "class_prompt")))
+    command = TWO_STAGE if args.method == "adapt-then-distill" else EMPTY
+    return _job(args, console, f"avatars{rival}", flags(args, ("method", "prompt", "class_prompt")), command)
 
 
 def _finetune(args: argparse.Namespace, console: Console) -> int:

@@ -50,7 +50,8 @@ def load_statistics(path: str | Path) -> Statistics:
         raise DataError(f"There is no statistics file '{path}'. Give a .npz file or a folder of pictures.") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"The statistics file '{path}' cannot be read: {error}. Get it anew, or give the folder of pictures."
+            f"The statistics file '{path}' cannot be read: no whole .npz file of numbers ({type(error).__name__}). Get it anew, or give the folder of "
+            "pictures."
         ) from None
     mean, covariance, features = (arrays.get(key) for key in ("mu", "sigma", "act"))
     if mean is None or covariance is None or mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
