@@ -47,7 +47,6 @@ from unidad.signals import Stopped, passing_on
 
 DEFAULT_DDIM_STEPS = 50
 DRAWN_AT_ONCE = 50  # pictures to be scored
-PANELS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def load_product(name: str | Path) -> Model:
@@ -306,11 +305,10 @@ def _check_evaluate(args: argparse.Namespace) -> None:
             raise SettingsError(f"{flag}: there is no folder '{Path(file).parent}'. Make it first or give another file.")
         if file and Path(file).is_dir():
             raise SettingsError(f"{flag}: '{file}' is a folder. Give the name of a file to write.")
-    if args.panel and Path(args.panel).suffix.lower() not in PANELS:
-        raise SettingsError(f"--panel writes a picture: '{args.panel}' must end in {' or '.join(PANELS)}.")
-    for folder in (args.reference, args.train):
-        if folder and not folder.endswith(".npz"):
-            list_pictures(bundled_path(folder, "targets"))
+    if args.panel and Path(args.panel).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise SettingsError(f"--panel writes a picture: '{args.panel}' must end in .png or .jpg or .jpeg or .webp.")
+    for folder in filter(None, (args.train, None if args.reference.endswith(".npz") else args.reference)):
+        list_pictures(bundled_path(folder, "targets"))
 
 
 def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, object]]:
@@ -321,9 +319,7 @@ def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, 
         if not files:
             raise DataError(f"'{path}' holds no pictures but a grid.")
         if args.n != len(files):
-            warnings.warn(
-                f"'{path}' holds {len(files)} pictures, and --n is {args.n}: {min(args.n, len(files))} are scored.", stacklevel=2
-            )
+            warnings.warn(f"'{path}' holds {len(files)} pictures, --n is {args.n}: the fewer are scored.", stacklevel=2)
         size = min(open_picture(files[0])[0].size)
         return load_files(files[: args.n], size, path).pixels, {"drawn_with": None}
     model = load_product(args.samples)
