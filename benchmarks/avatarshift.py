@@ -14,6 +14,7 @@ asked for, and a grid for each target.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,30 @@ def read_cost(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if not done.exists():
         return None
     found = json.loads(done.read_text())
-    told = {key: found.pop(key, asked[key]) for key in asked}  # older ones do not say
+    told = {key: found.pop(key, "others") for key in asked}
     other = "; ".join(f"{key} {told[key]} instead of {asked[key]}" for key in asked if told[key] != asked[key])
     if other:
         raise SystemExit(f"The run in {out} was trained with {other}. Give another --runs.")
     return found
+
+
+def asked_of(row: Row, pictures: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What makes a run this one: its settings and pictures, and the bundled models it starts from, these by digest."""
+    settings = PRESETS[row.preset] | settings_of(row, args.short)
+    asked = {"short": args.short, "set": args.set, "pictures": load_folder(pictures, 32).digest}
+    return asked | {"settings": digest(json.dumps(settings, sort_keys=True).encode()), "models": bundled_models()}
+
+
+def digest(data: bytes) -> str:
+    """Eight letters of a sha256."""
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+@cache
+def bundled_models() -> str:
+    """Digest of the bundled source model and its student, which every method starts from."""
+    folders = [bundled_path(f"bundled:{name}", "models") for name in ("avatars", "avatars-3step")]
+    return digest(b"".join((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for folder in folders))
 
 
 def train_cell(row: Row, pictures: Path, out: Path, seed: int, asked: dict[str, Any]) -> dict[str, Any]:
@@ -204,25 +225,29 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     out = args.runs / target.name / f"{row.run}-seed{seed}" if row.run else None
     kept = args.runs / target.name / f"{name}-seed{seed}-n{args.n}.json"
     pictures = few(target, row.shots, args.runs)
-    asked = {"short": args.short, "set": args.set, "pictures": load_folder(pictures, 32).digest}
+    asked = asked_of(row, pictures, args)
     cost = read_cost(out, asked) if out else {}
     if kept.exists():
         found = json.loads(kept.read_text())
         told = found.get("set", [])  # older ones do not say where there was none
         if told != args.set:
             raise SystemExit(f"{kept} was measured with --set {told}, not {args.set}. Give another --runs.")
+        if found.get("models") != asked["models"]:
+            raise SystemExit(f"{kept} was measured with other bundled models. Give another --runs.")
         return found
     if cost is None:
         assert out is not None
         cost = train_cell(row, pictures, out, seed, asked)
     model = load_product(out or "bundled:avatars")
-    samples = samples_of(model, row.nfe, args.n, None if out else args.runs / f"source-{row.nfe}-n{args.n}.safetensors")
+    samples = samples_of(
+        model, row.nfe, args.n, None if out else args.runs / f"source-{asked['models']}-{row.nfe}-n{args.n}.safetensors"
+    )
     size = samples.shape[-1]
     reference, train = load_folder(target.heldout, size).pixels, load_folder(target.train, size).pixels
     scores = evaluate(samples, reference, train, extractor, cache_dir=args.runs / "features")
     nfe = row.nfe or len(model.student_steps or [])
     result = {"target": target.name, "method": name, "seed": seed, "nfe": nfe, "n": args.n, "short": args.short, "set": args.set}
-    result |= {key: scores[key] for key in SCORES} | cost
+    result |= {"models": asked["models"]} | {key: scores[key] for key in SCORES} | cost
     kept.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(samples[:16], 16, 2).save(kept.with_suffix(".png"))
     kept.write_text(json.dumps(result, indent=1) + "\n")

@@ -86,10 +86,20 @@ def test_a_cell_measured_with_other_settings_is_not_taken_for_this_one(bench, pi
     (tmp_path / "t" / "ft-50-seed0-n9.json").write_text(json.dumps({"set": []}))
     with pytest.raises(SystemExit, match="Give another --runs"):
         bench.cell(target, "ft-50", 0, args, None)
-    (tmp_path / "t" / "ft-25-seed0-n9.json").write_text("{}")
-    for method, kept in (("ft-50", {"set": []}), ("ft-25", {})):
-        same = SimpleNamespace(**(vars(args) | {"set": []}))
-        assert bench.cell(target, method, 0, same, None) == kept
+    same = SimpleNamespace(**(vars(args) | {"set": []}))
+    with pytest.raises(SystemExit, match="other bundled models"):  # it does not say which
+        bench.cell(target, "ft-50", 0, same, None)
+    kept = {"models": bench.bundled_models()}
+    (tmp_path / "t" / "ft-25-seed0-n9.json").write_text(json.dumps(kept))
+    assert bench.cell(target, "ft-25", 0, same, None) == kept
+
+
+def test_a_run_is_known_by_the_values_of_its_preset(bench, picture_folder, monkeypatch):
+    args, row = SimpleNamespace(short=False, set=[]), bench.METHODS["uni-dad"]
+    asked = bench.asked_of(row, picture_folder, args)
+    monkeypatch.setitem(bench.PRESETS, "avatars", bench.PRESETS["avatars"] | {"lr": 0.5})
+    other = bench.asked_of(row, picture_folder, args)
+    assert [key for key in asked if asked[key] != other[key]] == ["settings"]
 
 
 def test_a_run_of_other_pictures_length_or_settings_is_not_taken_for_this_one(bench, tmp_path):
@@ -102,4 +112,5 @@ def test_a_run_of_other_pictures_length_or_settings_is_not_taken_for_this_one(be
         with pytest.raises(SystemExit, match=f"trained with {next(iter(other))} .* Give another --runs"):
             bench.read_cost(tmp_path, asked | other)
     done.write_text(json.dumps({"minutes": 2}))
-    assert bench.read_cost(tmp_path, asked) == {"minutes": 2}, "older runs do not say"
+    with pytest.raises(SystemExit, match="trained with short others"):  # older runs do not say
+        bench.read_cost(tmp_path, asked)
