@@ -229,11 +229,9 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     cost = read_cost(out, asked) if out else {}
     if kept.exists():
         found = json.loads(kept.read_text())
-        told = found.get("set", [])  # older ones do not say where there was none
-        if told != args.set:
-            raise SystemExit(f"{kept} was measured with --set {told}, not {args.set}. Give another --runs.")
-        if found.get("models") != asked["models"]:
-            raise SystemExit(f"{kept} was measured with other bundled models. Give another --runs.")
+        for key in ("set", "models"):
+            if found.get(key) != asked[key]:
+                raise SystemExit(f"{kept} was measured with {key} {found.get(key)}, not {asked[key]}. Give another --runs.")
         return found
     if cost is None:
         assert out is not None
