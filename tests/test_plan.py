@@ -10,6 +10,7 @@ import tiny
 import torch
 from diffusers import DDPMScheduler
 from test_export import V
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,6 +88,17 @@ def test_what_lowers_memory_lowers_the_plan(sources):
     again = planning.plan(settings(sources, "adm", gradient_checkpointing=True)).activations["student"]
     assert last < 0.7 * plain
     assert again < 0.7 * plain
+
+
+def test_a_gpu_keeps_more_under_bf16_than_a_cpu_for_it_normalises_in_float32(sources, monkeypatch):
+    s = settings(sources, "adm", precision="bf16")
+    on_cpu = planning.plan(s).activations["student"]
+    monkeypatch.setattr(planning, "pick_device", lambda name: torch.device("cuda"))
+    assert 1.2 * on_cpu < planning.plan(s).activations["student"] < 2 * on_cpu
+    x = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+    with planning.norms_in_float32():
+        assert functional.group_norm(x, 2).dtype == torch.float32
+    assert functional.group_norm(x, 2).dtype == torch.bfloat16
 
 
 def test_a_plan_reads_no_weights_and_refuses_what_does_not_fit(sources, tmp_path, monkeypatch, capsys):

@@ -180,3 +180,5 @@ def test_whole_batches_are_drawn_again_but_only_missing_files_written(tmp_path):
 def test_large_pictures_are_drawn_few_at_once():
     assert [at_once(side) for side in (16, 32, 64, 128, 256, 512)] == [32, 32, 32, 8, 2, 1]
     assert [at_once(side, 50) for side in (32, 64, 128, 256)] == [50, 50, 12, 3]
+    assert [at_once(side, device=torch.device("cuda")) for side in (32, 64, 128, 256)] == [128, 128, 32, 8]
+    assert at_once(256, device=torch.device("cpu")) == 2

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from unidad.adapt import build_method, network_rates
 from unidad.architectures import TEXT_UNETS, random_model
 from unidad.backbones.base import Backbone
+from unidad.backbones.load import Model
 from unidad.backbones.unet2d_cond import UNet2DCondBackbone
 from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet
@@ -92,9 +94,8 @@ def peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _random_ingredients(arch: str, settings: TrainSettings, count: int) -> Ingredients:
-    """A model of random weights and `count` random pictures, or latents."""
-    model = random_model(arch)
+def _random_ingredients(model: Model, settings: TrainSettings, count: int) -> Ingredients:
+    """That model and `count` random pictures, or latents."""
     if isinstance(model.backbone, UNet2DCondBackbone):
         return gather_nothing(settings, model.backbone, count)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -111,15 +112,15 @@ class Cycle:
     device: torch.device
 
     @classmethod
-    def build(cls, arch: str, values: Values, folder: Path, count: int = PICTURES) -> Cycle:
-        """Random weights and `count` random pictures; `values` lie over `REFERENCE`.
+    def build(cls, arch: str, values: Values, folder: Path, count: int = PICTURES, model: Model | None = None) -> Cycle:
+        """Random weights, those of `model` where it is given, and `count` random pictures; `values` lie over `REFERENCE`.
 
         Raises:
             SettingsError: for an unknown architecture or setting.
         """
         told = TOLD if arch in TEXT_UNETS else {}
         settings = build_settings(TrainSettings, REFERENCE, told, {"tracker": "none", "cycles": 10**6}, values)
-        device, parts = pick_device(settings.device), _random_ingredients(arch, settings, count)
+        device, parts = pick_device(settings.device), _random_ingredients(model or random_model(arch), settings, count)
         folder.mkdir(parents=True, exist_ok=True)
         run = RunFolder(folder)
         source = torch.Generator(device).manual_seed(settings.seed)
@@ -251,7 +252,7 @@ def compare_train(arch: str, first: Values, second: Values, pairs: int, folder: 
     return sides | compare(lambda: sum(a.run().values()), lambda: sum(b.run().values()), pairs)
 
 
-def bench_sample(arch: str, n: int, steps: int, batch_size: int, device: str = "auto") -> dict[str, Any]:
+def bench_sample(arch: str, n: int, steps: int, batch_size: int, device: str = "auto", precision: str = "fp32") -> dict[str, Any]:
     """Cost of drawing `n` pictures (of latents: without the VAE) in `steps` network evaluations each, after one batch to warm up.
 
     Raises:
@@ -262,13 +263,15 @@ def bench_sample(arch: str, n: int, steps: int, batch_size: int, device: str = "
     place = pick_device(device)
     backbone = random_model(arch).backbone.to(place)
     grid, label = backbone.schedule.student_steps(steps), None if backbone.num_classes is None else 0
-    draw(backbone, min(n, batch_size), steps=grid, batch_size=batch_size, label=label)
+    draw_some = partial(draw, backbone, steps=grid, batch_size=batch_size, label=label, bf16=use_bf16(precision, place))
+    draw_some(min(n, batch_size))
     _synchronise(place)
     start = time.perf_counter()
-    draw(backbone, n, steps=grid, batch_size=batch_size, label=label)
+    draw_some(n)
     _synchronise(place)
     seconds = time.perf_counter() - start
     facts = {"arch": arch, "n": n, "steps": steps, "batch_size": batch_size, "threads": torch.get_num_threads()}
+    facts |= {"precision": precision}
     return facts | {"seconds": seconds, "images_per_second": n / seconds, "peak_bytes": peak_memory(place)}
 
 

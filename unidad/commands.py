@@ -201,16 +201,15 @@ def sample_to_folder(
 
     With `resume` a folder that was broken off is gone on with, and ends as if it had not been; also with a larger n.
 
-    A `batch_size` of None is `at_once` of the pictures' side.
-
-    From a text-to-image student n for each prompt (none: that it was trained with), a row of the grid each.
+    A `batch_size` of None is `at_once` of the pictures' side. From a text-to-image student n for each prompt (none: that it was trained with), a row of the grid each.
 
     Raises:
         UserError: as `load_product`, `draw_from` and `open_samples` do.
         Stopped: by SIGINT, SIGTERM or SIGHUP while pictures were drawn; those that are there are whole.
     """
     model = load_product(name)
-    batch_size = at_once(model.backbone.shape[-1]) if batch_size is None else batch_size
+    place = None if isinstance(model, TextModel) else pick_device(device)
+    batch_size = at_once(model.backbone.shape[-1], device=place) if batch_size is None else batch_size
     with connected(Accelerator(cpu=pick_device(device).type == "cpu")) as ranks:
         if isinstance(model, TextModel):
             if resume or ranks.count > 1:
@@ -330,7 +329,7 @@ def _samples(args: argparse.Namespace, ranks: Ranks) -> tuple[Tensor, dict[str, 
 
 def _draw_together(model: Model, args: argparse.Namespace, ranks: Ranks) -> Tensor:
     """The pictures that one process draws, to the bit: of its batches each process draws every count-th."""
-    together = at_once(model.backbone.shape[-1], DRAWN_AT_ONCE)
+    together = at_once(model.backbone.shape[-1], DRAWN_AT_ONCE, pick_device(args.device))
     draw_some = partial(_draw_some, model, args.steps, together, args.device, args.class_label)
     if ranks.count == 1:
         return draw_some(args.n, args.seed)

@@ -6,7 +6,7 @@ The run's own phases are run on fake tensors, which have shapes and no numbers; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -228,9 +229,24 @@ def _as_in_training(method: Method, phase: Phase, settings: TrainSettings) -> It
     """Gradients, number format and pictures as the loop gives them to this phase."""
     shape = method.networks[method.product].shape
     assert isinstance(shape, tuple)
-    bf16 = use_bf16(settings.precision, pick_device(settings.device))
-    with only_training(method.networks, phase.trains), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    device = pick_device(settings.device)
+    bf16 = use_bf16(settings.precision, device)
+    as_there = norms_in_float32() if bf16 and device.type == "cuda" else nullcontext()
+    with only_training(method.networks, phase.trains), torch.autocast("cpu", torch.bfloat16, enabled=bf16), as_there:
         yield torch.zeros(settings.batch_size if phase.needs_data else 0, *shape)
+
+
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """Under autocast a GPU normalises in float32 and hands that on, a CPU in what it is given; inside, as a GPU does."""
+    plain = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
+    try:
+        for name, run in plain.items():
+            setattr(functional, name, lambda x, *args, run=run, **kwargs: run(x.float(), *args, **kwargs))
+        yield
+    finally:
+        for name, run in plain.items():
+            setattr(functional, name, run)
 
 
 def _activations(method: Method, phase: Phase, settings: TrainSettings) -> int:

@@ -13,11 +13,13 @@ from unidad.data import to_uint8
 from unidad.rollout import ddim, rollout, seeded_noise
 
 
-def at_once(side: int, most: int = 32) -> int:
+def at_once(side: int, most: int = 32, device: torch.device | None = None) -> int:
     """How many pictures of that side to draw together: up to 64 pixels `most`, beyond that as many as have no more pixels in all.
 
-    A network of full width at 256 pixels holds hundreds of megabytes for each picture it draws.
+    A network of full width at 256 pixels holds hundreds of megabytes for each picture it draws. On a GPU four times as many: with two
+    pictures of 256 pixels it waits for its next operation most of the time.
     """
+    most = 4 * most if device is not None and device.type == "cuda" else most
     return max(1, min(most, most * 64**2 // side**2))
 
 
@@ -31,6 +33,7 @@ def draw(
     batch_size: int | None = None,
     label: int | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    bf16: bool = False,
 ) -> Tensor:
     """Draw n pictures, [n, C, H, W] uint8 on the CPU. Picture i depends on seed + i alone.
 
@@ -40,6 +43,7 @@ def draw(
         batch_size: drawn together; None: `at_once` of the network's side.
         label: class of every picture, for a class-conditional network.
         decode: what the network draws -> pictures in [-1, 1], where it draws latents.
+        bf16: the network computes under bf16 autocast: faster on GPUs, and other pictures by a little.
     """
     device = next(chain(backbone.parameters(), backbone.buffers())).device  # a frozen role has no parameters of its own
     batch_size = batch_size or at_once(backbone.shape[-1])
@@ -48,6 +52,7 @@ def draw(
         seeds = range(seed + start, seed + min(start + batch_size, n))
         noise = seeded_noise(seeds, backbone.shape, device)
         labels = None if label is None else torch.full((len(seeds),), label, device=device)
-        x = ddim(backbone, noise(), ddim_steps, labels) if steps is None else rollout(backbone, noise, steps, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x = ddim(backbone, noise(), ddim_steps, labels) if steps is None else rollout(backbone, noise, steps, labels)
         done.append(to_uint8(x if decode is None else decode(x)).cpu())
     return torch.cat(done)
