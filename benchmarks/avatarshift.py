@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,15 +35,20 @@ from torch import Tensor
 from unidad.backbones.load import Model, bundled_names, bundled_path
 from unidad.commands import draw_from, load_product
 from unidad.data import list_pictures, load_folder, picture_grid
+from unidad.device import pick_device, use_bf16
 from unidad.metrics.evaluate import evaluate
 from unidad.metrics.features import EfficientNetLite0
 from unidad.presets import PRESETS
 from unidad.report import read_log
+from unidad.signals import passing_on
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts" / "avatars"
 SCORES = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "intra_diversity", "copying")
 SAMPLE_SEED = 1_000_000
+# What else a row's numbers depend on a little: the same cell is within 0.3 with and without bf16.
+MADE_BY = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": pick_device("auto").type}
+MADE_BY |= {"chip_has_bf16": use_bf16("auto", pick_device("auto"))}
 
 
 @dataclass(frozen=True)
@@ -192,14 +198,26 @@ def bundled_models() -> str:
     return digest(b"".join((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for folder in folders))
 
 
+def run_to_its_end(command: list[str]) -> tuple[int, Any]:
+    """Status and resources of a process; asked to stop, this one passes that on and waits until the other has saved its work."""
+    process = subprocess.Popen(command)
+
+    def ask(signum: int) -> None:
+        if signum != signal.SIGINT:  # which a terminal sends to both
+            process.send_signal(signum)
+
+    with passing_on(ask):
+        _, status, usage = os.wait4(process.pid, 0)
+    return status, usage
+
+
 def train_cell(row: Row, pictures: Path, out: Path, seed: int, asked: dict[str, Any]) -> dict[str, Any]:
     """Run `unidad train` in a process of its own; what it cost is kept beside it, with what was asked."""
     short, overrides = asked["short"], asked["set"]
     pairs = [f"{k}={v}" for k, v in settings_of(row, short).items()] + overrides
     options = [word for pair in pairs for word in ("--set", pair)]
     command = [sys.executable, "-m", "unidad.cli", "train", "--target", str(pictures), "--out", str(out), "--preset", row.preset]
-    process = subprocess.Popen([*command, "--seed", str(seed), "--resume", *options])
-    _, status, usage = os.wait4(process.pid, 0)
+    status, usage = run_to_its_end([*command, "--seed", str(seed), "--resume", *options])
     if status:
         raise SystemExit(f"The run in {out} failed; its own message is above. Start the benchmark again to go on.")
     last = read_log(out / "log.jsonl")[-1]
@@ -245,7 +263,7 @@ def cell(target: Target, name: str, seed: int, args: argparse.Namespace, extract
     scores = evaluate(samples, reference, train, extractor, cache_dir=args.runs / "features")
     nfe = row.nfe or len(model.student_steps or [])
     result = {"target": target.name, "method": name, "seed": seed, "nfe": nfe, "n": args.n, "short": args.short, "set": args.set}
-    result |= {"models": asked["models"]} | {key: scores[key] for key in SCORES} | cost
+    result |= {"models": asked["models"], **MADE_BY} | {key: scores[key] for key in SCORES} | cost
     kept.parent.mkdir(parents=True, exist_ok=True)
     picture_grid(samples[:16], 16, 2).save(kept.with_suffix(".png"))
     kept.write_text(json.dumps(result, indent=1) + "\n")
@@ -335,4 +353,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. Finished cells are kept; start the benchmark again to go on.")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,15 @@ def test_a_run_is_known_by_the_values_of_its_preset(bench, picture_folder, monke
     monkeypatch.setitem(bench.PRESETS, "avatars", bench.PRESETS["avatars"] | {"lr": 0.5})
     other = bench.asked_of(row, picture_folder, args)
     assert [key for key in asked if asked[key] != other[key]] == ["settings"]
+
+
+def test_asked_to_stop_it_passes_that_on_and_waits(bench, tmp_path):
+    saves = "import os, signal, sys; from pathlib import Path\n"
+    saves += "signal.signal(signal.SIGTERM, lambda *_: (Path(sys.argv[1]).write_text('saved'), sys.exit(3)))\n"
+    saves += "os.kill(os.getppid(), signal.SIGTERM)\nsignal.pause()"
+    status, _ = bench.run_to_its_end([sys.executable, "-c", saves, str(tmp_path / "saved")])
+    assert os.waitstatus_to_exitcode(status) == 3
+    assert (tmp_path / "saved").read_text() == "saved"
 
 
 def test_a_run_of_other_pictures_length_or_settings_is_not_taken_for_this_one(bench, tmp_path):
