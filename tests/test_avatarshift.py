@@ -30,6 +30,15 @@ def test_every_method_is_a_run_that_can_be_set_up(bench):
             assert settings.source == "bundled:avatars", name
 
 
+def test_every_method_sees_the_same_pictures(bench):
+    trained = [PRESETS[row.preset] for row in bench.METHODS.values() if row.run]
+    assert {(preset["source"], preset["hflip"], preset["batch_size"]) for preset in trained} == {("bundled:avatars", False, 8)}
+    rates = {"avatars": "lr_target", "avatars-adapt-then-distill": "lr_target", "avatars-finetune": "lr"}
+    for short in (False, True):  # what adapts to them first learns at one rate, for as many updates
+        told = {(PRESETS[preset] | (bench.SHORT[preset] if short else {}))[rate] for preset, rate in rates.items()}
+        assert len(told) == 1, told
+
+
 def test_rows_that_share_a_run_share_its_settings(bench):
     seen = {}
     for row in bench.METHODS.values():

@@ -22,6 +22,7 @@ _AVATARS: dict[str, Any] = {
     "disc_weight": 0.3,
     "features": "layer",
     "augment": "flip,translate",
+    "hflip": False,
     "fake_updates": 1,
     "batch_size": 8,
     "lr": 4e-4,
@@ -36,7 +37,7 @@ _AVATARS: dict[str, Any] = {
 }
 
 # Within ten minutes where the CPU has no bf16.
-_DEMO: dict[str, Any] = {"target_warmup": 400, "target_cycles": 400}
+_DEMO: dict[str, Any] = {"target_warmup": 400, "target_cycles": 400, "lr_target": 3e-4}
 
 # Under an hour: a target teacher that learns three times as long, mostly at little noise, and at much noise from composites.
 _LONG: dict[str, Any] = {
@@ -111,6 +112,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "denoising": "v",
         "denoising_law": "detail",
         "cutmix_above": 0.5,
+        "hflip": False,
         "batch_size": 8,
         "lr": 2e-4,
         "lr_decay": "cosine",
@@ -119,7 +121,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "ema": 0.99,
         "cycles": 1200,
     },
-    "avatars-distill": _AVATARS | DISTILL | {"anchor_batch": 32, "cycles": 3000, "hflip": False},
+    "avatars-distill": _AVATARS | DISTILL | {"anchor_batch": 32, "cycles": 3000},
     "avatars-adapt-then-distill": _AVATARS | _LONG | TWO_STAGE | {"method": "adapt-then-distill", "a": 1.0},
     "avatars-distill-then-adapt": {
         "source": "bundled:avatars",
@@ -128,6 +130,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "method": "distill-then-adapt",
         "denoising": "v",
         "denoising_law": "quadratic",
+        "hflip": False,
         "batch_size": 8,
         "lr": 1e-4,
         "lr_decay": "cosine",
