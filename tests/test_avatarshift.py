@@ -32,7 +32,7 @@ def test_every_method_is_a_run_that_can_be_set_up(bench):
 
 def test_every_method_sees_the_same_pictures(bench):
     trained = [PRESETS[row.preset] for row in bench.METHODS.values() if row.run]
-    assert {(preset["source"], preset["hflip"], preset["batch_size"]) for preset in trained} == {("bundled:avatars", False, 8)}
+    assert {(preset["source"], preset["hflip_check"], preset["batch_size"]) for preset in trained} == {("bundled:avatars", True, 8)}
     rates = {"avatars": "lr_target", "avatars-adapt-then-distill": "lr_target", "avatars-finetune": "lr"}
     for short in (False, True):  # what adapts to them first learns at one rate, for as many updates
         told = {(PRESETS[preset] | (bench.SHORT[preset] if short else {}))[rate] for preset, rate in rates.items()}

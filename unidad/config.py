@@ -79,6 +79,7 @@ class TrainSettings(LoopSettings):
     disc_weight: float = 0.03  # lambda_D
     gan_loss: str = "bce"  # bce | hinge | lsgan | wgan-gp
     gan_aggregation: str = "per_head"  # per_head | mean_logit
+    hflip_check: bool = False  # with hflip: not where the pictures look one way, so that mirrored ones are unlike the others
     cutmix_above: float = 1.0  # share of T: at more noise, models learn to denoise from pictures pieced together; 1: never
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     augment_target: float = 0.0  # 0: that always; else as often as keeps the heads' mean sign on real pictures there (ADA: 0.6)

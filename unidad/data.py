@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional
 
 from unidad.errors import DataError
 
@@ -185,6 +186,17 @@ def _duplicates(pixels: Tensor, names: list[str]) -> list[str]:
             notes.append(f"'{name}' is the same picture as '{seen[key]}'.")
         seen.setdefault(key, name)
     return notes
+
+
+def looks_one_way(pixels: Tensor) -> bool:
+    """Whether the pictures [N, 3, H, W] uint8 all look one way: mirrored ones are farther from the others than they are themselves.
+
+    Farther by more than a twentieth, in mean pixel distance at 32 pixels a side; of more than 200 pictures the first 200 are looked at.
+    """
+    x = functional.adaptive_avg_pool2d(to_signed(pixels[:200]), 32)
+    others = ~torch.eye(len(x), dtype=torch.bool)
+    plain, mirrored = (torch.cdist(y.flatten(1), x.flatten(1))[others].sum() for y in (x, x.flip(-1)))
+    return bool(mirrored > 1.05 * plain)
 
 
 def to_signed(pixels: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
+from torch.nn import functional
 
 from unidad.config import LoopSettings, PretrainSettings, TrainSettings
 from unidad.errors import SettingsError
@@ -25,6 +28,19 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
+
+
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """Under autocast a GPU normalises in float32 and hands that on, a CPU in what it is given; inside, as a GPU does."""
+    plain = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
+    try:
+        for name, run in plain.items():
+            setattr(functional, name, lambda x, *args, run=run, **kwargs: run(x.float(), *args, **kwargs))
+        yield
+    finally:
+        for name, run in plain.items():
+            setattr(functional, name, run)
 
 
 def refuse_wrong_gradients(settings: TrainSettings | PretrainSettings, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from unidad.backbones.base import Backbone
 from unidad.backbones.load import Model, bundled_path, load_model
 from unidad.backbones.unet2d import UNet2DBackbone
 from unidad.config import TrainSettings
-from unidad.data import PictureSet, PictureStream, load_folder
+from unidad.data import PictureSet, PictureStream, load_folder, looks_one_way
 from unidad.errors import ModelError, SettingsError
 from unidad.export import save_source, save_student
 from unidad.masks import with_masks
@@ -97,7 +97,9 @@ class Ingredients:
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The target pictures, for ever."""
         masks = self.pictures.masks
-        return PictureStream(self.pictures.pixels, hflip=settings.hflip, seed=settings.seed, device=device, masks=masks)
+        return PictureStream(
+            self.pictures.pixels, hflip=mirrors(settings, self.pictures), seed=settings.seed, device=device, masks=masks
+        )
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""
@@ -137,10 +139,24 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     steps = fitting_steps(settings, source)
     place = bundled_path(str(target), "targets")
     pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
-    pictures.notes.extend(student_notes(settings, student_init, steps))
+    pictures.notes.extend([*mirroring_notes(settings, pictures), *student_notes(settings, student_init, steps)])
     if pictures.masks is not None and settings.cutmix_above < 1:
         pictures.notes.append("These pictures have masks, so none is pieced together with another ('cutmix_above').")
     return Ingredients(source, pictures, student_init, adapted, steps)
+
+
+def mirrors(settings: TrainSettings, pictures: PictureSet) -> bool:
+    """Whether pictures are mirrored at random: as `hflip` says, but with `hflip_check` not where they look one way."""
+    return settings.hflip and not (settings.hflip_check and looks_one_way(pictures.pixels))
+
+
+def mirroring_notes(settings: TrainSettings, pictures: PictureSet) -> list[str]:
+    """What a person should know of `hflip` and these pictures."""
+    if not settings.hflip or not looks_one_way(pictures.pixels):
+        return []
+    if settings.hflip_check:
+        return ["These pictures all look one way, so none is mirrored; hflip_check=false does it all the same."]
+    return ["These pictures all look one way, and 'hflip' mirrors half of them: hflip=false may be better."]
 
 
 def fitting_steps(settings: TrainSettings, source: Model) -> list[int] | None:

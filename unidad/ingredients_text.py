@@ -36,7 +36,7 @@ from unidad.data import LatentStream, PictureSet, PictureStream, load_folder, to
 from unidad.device import pick_device
 from unidad.errors import SettingsError
 from unidad.export_text import save_lora, save_text_student
-from unidad.ingredients import Ingredients, Networks, refuse_other_shape, student_notes, student_steps
+from unidad.ingredients import Ingredients, Networks, mirroring_notes, mirrors, refuse_other_shape, student_notes, student_steps
 from unidad.masks import with_masks
 from unidad.noise import from_x0
 from unidad.prompts import in_contexts, read_templates
@@ -109,9 +109,8 @@ class TextIngredients(Ingredients):
         """The pictures' latents, for ever."""
         masks = self.pictures.masks
         masks = None if masks is None else adaptive_avg_pool2d(masks, self.latents.shape[-1])
-        return LatentStream(
-            self.latents, self.mirrored, self.captions, hflip=settings.hflip, seed=settings.seed, device=device, masks=masks
-        )
+        hflip = mirrors(settings, self.pictures)
+        return LatentStream(self.latents, self.mirrored, self.captions, hflip=hflip, seed=settings.seed, device=device, masks=masks)
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""
@@ -158,8 +157,8 @@ def gather_text(settings: TrainSettings, target: str | Path) -> TextIngredients:
     vae = load_vae(source.folder).to(pick_device(settings.device))
     signed = to_signed(pictures.pixels).to(vae.device)
     latents = encode_pictures(vae, signed).cpu()
-    mirrored = encode_pictures(vae, signed.flip(-1)).cpu() if settings.hflip else latents
-    notes = [*student_notes(settings, student_init, steps), *_notes(source.folder, settings)]
+    mirrored = encode_pictures(vae, signed.flip(-1)).cpu() if mirrors(settings, pictures) else latents
+    notes = [*mirroring_notes(settings, pictures), *student_notes(settings, student_init, steps), *_notes(source.folder, settings)]
     notes += declared_wrongly(source.backbone, latents[:1], told["student"])
     pictures = replace(pictures, notes=[*pictures.notes, *notes])
     return TextIngredients(source, pictures, student_init, adapted, steps, latents, mirrored, captions, settings.lora_rank, told)

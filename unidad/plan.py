@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,7 +29,7 @@ from unidad.backbones.lora import LoraRole
 from unidad.bench import matmul_rate
 from unidad.config import TrainSettings
 from unidad.data import PictureSet
-from unidad.device import pick_device, use_bf16
+from unidad.device import norms_in_float32, pick_device, use_bf16
 from unidad.errors import SettingsError
 from unidad.ingredients import Ingredients, fitting_steps
 from unidad.ingredients_text import DRAWN_AT_ONCE, TextIngredients, gather_nothing
@@ -234,19 +233,6 @@ def _as_in_training(method: Method, phase: Phase, settings: TrainSettings) -> It
     as_there = norms_in_float32() if bf16 and device.type == "cuda" else nullcontext()
     with only_training(method.networks, phase.trains), torch.autocast("cpu", torch.bfloat16, enabled=bf16), as_there:
         yield torch.zeros(settings.batch_size if phase.needs_data else 0, *shape)
-
-
-@contextmanager
-def norms_in_float32() -> Iterator[None]:
-    """Under autocast a GPU normalises in float32 and hands that on, a CPU in what it is given; inside, as a GPU does."""
-    plain = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
-    try:
-        for name, run in plain.items():
-            setattr(functional, name, lambda x, *args, run=run, **kwargs: run(x.float(), *args, **kwargs))
-        yield
-    finally:
-        for name, run in plain.items():
-            setattr(functional, name, run)
 
 
 def _activations(method: Method, phase: Phase, settings: TrainSettings) -> int:
