@@ -1,5 +1,5 @@
 """What a Frechet distance means here: held-out pictures against each other, with grain, and what the ten pictures alone
-can give: themselves repeated, and all that their parts and colours make when they are put together anew.
+can give: themselves repeated, all that their parts and colours make when they are put together anew, and what `recombine` makes of them.
 
 python benchmarks/floor.py --target toonHead      draws the held-out pictures first, as avatarshift.py does
 """
@@ -20,6 +20,7 @@ from unidad.backbones.load import bundled_names
 from unidad.data import load_folder
 from unidad.metrics.distances import frechet_distance
 from unidad.metrics.features import EfficientNetLite0
+from unidad.recombine import Drawings
 
 
 def noisy(pixels: Tensor, grain: int) -> Tensor:
@@ -45,6 +46,11 @@ def main() -> int:
         anew = load_folder(parts, 32).pixels
         print(f"the ten pictures' parts and colours, put together anew: {frechet_distance(features(anew), reference):.1f}")
         print(f"the same with noise of 2/255: {frechet_distance(features(noisy(anew, 2)), reference):.1f}")
+    drawings = Drawings(ten)
+    if drawings.fit:
+        print(
+            f"the ten pictures recombined (the setting recombine): {frechet_distance(features(drawings.draw(1000, 0)), reference):.1f}"
+        )
     repeated = ten[torch.arange(1000) % len(ten)]
     print(f"the ten pictures, repeated: {frechet_distance(features(repeated), reference):.1f}")
     return 0

@@ -39,8 +39,9 @@ from unidad.train import Trainer
 def build_method(settings: TrainSettings, parts: Ingredients, device: torch.device, generator: torch.Generator) -> Method:
     """The method that the settings name, on fresh copies of the source model (or of the student and target teacher it starts from)."""
     network, values, label = tuned(parts.networks(device), settings), as_dict(settings), parts.label(settings)
-    mixes = settings.cutmix_above < 1 and parts.pictures.masks is None
-    mix = CutMix(parts.pictures.pixels.to(device), settings.cutmix_above * len(parts.source.backbone.schedule)) if mixes else None
+    mixes = settings.cutmix_above < 1 and parts.pictures.masks is None and parts.pictures.more is None
+    above = settings.cutmix_above * len(parts.source.backbone.schedule)
+    mix = CutMix(parts.pictures.pixels.to(device), above) if mixes else None
     if settings.method in ("finetune", "distill-then-adapt"):
         start = network("student", parts.student_init if parts.student_steps else None)
         return Finetune(start, generator, settings.denoising, label, parts.student_steps, settings.denoising_law, mix)

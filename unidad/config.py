@@ -81,6 +81,7 @@ class TrainSettings(LoopSettings):
     gan_aggregation: str = "per_head"  # per_head | mean_logit
     hflip_check: bool = False  # with hflip: not where the pictures look one way, so that mirrored ones are unlike the others
     cutmix_above: float = 1.0  # share of T: at more noise, models learn to denoise from pictures pieced together; 1: never
+    recombine: int = 0  # so many more pictures, made of the colours and parts of these where they are flat drawings
     augment: str = "none"  # of what the heads see: none | any of flip,translate,colour,cutout, joined by commas
     augment_target: float = 0.0  # 0: that always; else as often as keeps the heads' mean sign on real pictures there (ADA: 0.6)
     heads: str = "multi"  # multi | single
@@ -161,10 +162,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_minutes": (0, 10**6),
     "batch_size": (1, 65536),
     "accumulation": (1, 65536),
-    "lr": (0, 1),
-    "lr_fake": (0, 1),
-    "lr_heads": (0, 1),
-    "lr_target": (0, 1),
+    **dict.fromkeys(("lr", "lr_fake", "lr_heads", "lr_target"), (0, 1)),
     "warmup": (0, 10**9),
     "beta1": (0, 0.99999),
     "beta2": (0, 0.99999),
@@ -192,6 +190,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "transfer": (0, 2),
     "augment_target": (0, 1),
     "cutmix_above": (0, 1),
+    "recombine": (0, 100_000),
     "class_label": (-1, 10**9),
     "size": (8, 4096),
 }

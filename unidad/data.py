@@ -32,7 +32,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 class PictureSet:
     """Pictures of one folder, decoded: `pixels` is [N, 3, size, size] uint8; `names` are file names in the same order.
 
-    `masks`, where there are some, is [N, 1, size, size] float32 in [0, 1].
+    `masks`, where there are some, is [N, 1, size, size] float32 in [0, 1]. `more`, [M, 3, size, size] uint8, are pictures that were made of
+    these (`recombine`).
     """
 
     pixels: Tensor
@@ -40,6 +41,7 @@ class PictureSet:
     digest: str
     notes: list[str] = field(default_factory=list)
     masks: Tensor | None = None
+    more: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -48,6 +50,11 @@ class PictureSet:
     def size(self) -> int:
         """Side in pixels."""
         return int(self.pixels.shape[-1])
+
+    @property
+    def learnt_from(self) -> Tensor:
+        """All that a model learns from, [N + M, 3, size, size] uint8."""
+        return self.pixels if self.more is None else torch.cat([self.pixels, self.more])
 
 
 def list_pictures(folder: str | Path) -> list[Path]:

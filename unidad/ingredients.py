@@ -20,6 +20,7 @@ from unidad.errors import ModelError, SettingsError
 from unidad.export import save_source, save_student
 from unidad.masks import with_masks
 from unidad.noise import NoiseSchedule
+from unidad.recombine import with_more
 from unidad.report import write_report
 from unidad.run import RunFolder, public_name
 from unidad.sample import draw
@@ -97,9 +98,8 @@ class Ingredients:
     def stream(self, settings: TrainSettings, device: torch.device) -> PictureStream:
         """The target pictures, for ever."""
         masks = self.pictures.masks
-        return PictureStream(
-            self.pictures.pixels, hflip=mirrors(settings, self.pictures), seed=settings.seed, device=device, masks=masks
-        )
+        hflip = mirrors(settings, self.pictures)
+        return PictureStream(self.pictures.learnt_from, hflip=hflip, seed=settings.seed, device=device, masks=masks)
 
     def draw(self, product: Backbone, settings: TrainSettings) -> Tensor:
         """Pictures of a sample grid, [N, 3, H, W] uint8."""
@@ -139,6 +139,7 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     steps = fitting_steps(settings, source)
     place = bundled_path(str(target), "targets")
     pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
+    pictures = with_more(pictures, settings.recombine, settings.seed)
     pictures.notes.extend([*mirroring_notes(settings, pictures), *student_notes(settings, student_init, steps)])
     if pictures.masks is not None and settings.cutmix_above < 1:
         pictures.notes.append("These pictures have masks, so none is pieced together with another ('cutmix_above').")

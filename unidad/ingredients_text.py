@@ -209,8 +209,9 @@ def check_text_settings(settings: TrainSettings) -> None:
     for name in ("channels_last", "compile", "transfer"):
         if getattr(settings, name):
             raise SettingsError(f"'{name}' is not there yet for text-to-image sources. Leave it off.")
-    if settings.cutmix_above < 1:
-        raise SettingsError("'cutmix_above' is not there for text-to-image sources. Leave it at 1.")
+    for name, none in (("cutmix_above", 1), ("recombine", 0)):
+        if getattr(settings, name) != none:
+            raise SettingsError(f"'{name}' is not there for text-to-image sources. Leave it at {none}.")
     if settings.class_label >= 0:
         raise SettingsError("'class_label' means nothing to a text-to-image model. Leave it at -1.")
 

@@ -187,6 +187,11 @@ def _over_time(run: RunFolder) -> str:
     return "".join(figures)
 
 
+def _made_of_them(more: Tensor) -> str:
+    sheet = _inline(picture_grid(more[:100], 20, max(1, 48 // more.shape[-1])))
+    return f'<h2>Made of their colours and parts: {len(more)} more, the first of them</h2><img src="{sheet}" alt="contact sheet">'
+
+
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#111}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}img{max-width:100%;image-rendering:pixelated}
 figure{display:inline-block;margin:.4em;max-width:46%}figcaption{color:#555;font-size:.85em}
@@ -208,6 +213,7 @@ def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict
     timing["peak memory"] = peak_memory()
     surroundings = facts["surroundings"]
     machine = {"device": surroundings["device"], "commit": surroundings["commit"]} | surroundings["versions"]
+    more = "" if pictures.more is None else _made_of_them(pictures.more)
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>unidad: {html.escape(data["target"])}</title>
 <style>{_STYLE}</style>
 <h1>{html.escape(data["target"])}: {data["count"]} pictures to {made}</h1>
@@ -217,7 +223,7 @@ def _page(run: RunFolder, pictures: PictureSet, sheet: Image.Image, scores: dict
 <h2>Losses</h2>{_curves(rows)}
 <h2>The pictures it learnt from</h2><img src="{_inline(contact)}" alt="contact sheet">
 <p>{html.escape(" ".join(notes))}</p>
-<h2>Settings</h2><div class="columns">{_table(_public(facts["settings"]))}</div>
+{more}<h2>Settings</h2><div class="columns">{_table(_public(facts["settings"]))}</div>
 <h2>Made with</h2>{_table(machine | {"hash of " + k: v for k, v in facts["hashes"].items()})}
 </html>
 """

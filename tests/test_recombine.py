@@ -1,0 +1,196 @@
+"""`recombine`: more pictures made of the colours and parts of a few flat drawings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from unidad.adapt import build_method, train
+from unidad.backbones.load import bundled_names, bundled_path, load_model
+from unidad.config import TrainSettings, build_settings
+from unidad.data import PictureSet, load_folder
+from unidad.ingredients import gather
+from unidad.recombine import FEW, Drawing, Drawings, onto_simplex, with_more, with_part
+
+SIDE = 24
+INKS = {"sky": ((200, 220, 250), (250, 210, 210), (190, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
+
+
+def from_the_middle() -> np.ndarray:
+    """Distance of each pixel from a point near the middle, so near none that mixtures along a circle are all different: [H, W]."""
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    return np.hypot(x - 0.13, y - 0.29)
+
+
+def disc(sky: tuple, ink: tuple, radius: float = 6.5, ear: bool = False) -> np.ndarray:
+    """A disc on a plain ground, its edge mixed linearly; with a square of the disc's colour in a corner where asked: [H, W, 3]."""
+    share = np.clip(radius + 0.5 - from_the_middle(), 0, 1)
+    if ear:
+        share[2:5, 2:6] = 1
+    return (1 - share[..., None]) * np.array(sky, float) + share[..., None] * np.array(ink, float)
+
+
+def as_set(pictures: list[np.ndarray]) -> PictureSet:
+    pixels = torch.from_numpy(np.stack(pictures).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+    return PictureSet(pixels, [str(i) for i in range(len(pixels))], "digest")
+
+
+def three() -> PictureSet:
+    return as_set([disc(sky, ink, ear=i == 0) for i, (sky, ink) in enumerate(zip(INKS["sky"], INKS["disc"], strict=True))])
+
+
+def test_the_nearest_weights():
+    found = onto_simplex(np.array([[0.2, 0.8], [3.0, 0.0], [0.5, 0.9], [-1.0, -1.0]]))
+    assert np.allclose(found, [[0.2, 0.8], [1, 0], [0.3, 0.7], [0.5, 0.5]])
+
+
+def test_colours_are_the_flat_ones_and_edges_are_mixtures_of_them():
+    sky, ink = INKS["sky"][0], INKS["disc"][0]
+    drawing = Drawing(disc(sky, ink))
+    assert drawing.colours.tolist() == [list(sky), list(ink)]
+    assert drawing.parts == [0, 1]
+    assert 0.8 < drawing.flat < 1
+    weights = drawing.weights
+    assert np.allclose(weights.sum(-1), 1)
+    assert weights.min() >= 0
+    share = np.clip(7.0 - from_the_middle(), 0, 1)
+    assert np.abs(weights[..., 1] - share).max() < 0.02
+    assert weights[..., 2:].max() < 0.02  # neither black nor white is needed
+
+
+def test_a_recoloured_drawing_is_the_drawing_in_the_other_colour():
+    drawing = Drawing(disc(INKS["sky"][0], INKS["disc"][0]))
+    assert np.array_equal(drawing.recoloured({}), drawing.pixels)
+    assert np.array_equal(drawing.recoloured({1: drawing.colours[1]}), drawing.pixels)
+    other = np.array(INKS["disc"][1], float)
+    assert np.abs(drawing.recoloured({1: other}) - disc(INKS["sky"][0], INKS["disc"][1])).max() < 3
+
+
+def test_an_eye_keeps_its_colour_and_a_shade_follows():
+    picture = disc(INKS["sky"][0], (190, 140, 110), radius=9)
+    picture[11:13, 9:11] = 0.2 * np.array((190, 140, 110.0))  # dark, surrounded by one colour
+    picture[15, 12:16] = 0.8 * np.array((190, 140, 110.0))
+    made = Drawing(picture).recoloured({1: np.array((240.0, 200, 160))})
+    assert np.abs(made[11, 9] - picture[11, 9]).max() < 20  # nearly black as before
+    assert np.abs(made[15, 13] - 0.8 * np.array((240.0, 200, 160))).max() < 8
+
+
+def test_which_colours_play_the_same_part():
+    drawings = Drawings(three().pixels)
+    assert drawings.same == {(i, j, k): k for i in range(3) for j in range(3) if i != j for k in (0, 1)}
+    assert drawings.fit
+
+
+def test_new_pictures_have_the_colours_and_parts_of_the_old_ones():
+    pictures = three()
+    made = Drawings(pictures.pixels).draw(40, 0)
+    assert made.shape == (40, 3, SIDE, SIDE)
+    assert made.dtype == torch.uint8
+    assert torch.equal(made, Drawings(pictures.pixels).draw(40, 0))
+    assert not torch.equal(made, Drawings(pictures.pixels).draw(40, 1))
+    grounds = {tuple(picture[:, -1, -1].tolist()) for picture in made}
+    inks = {tuple(picture[:, SIDE // 2, SIDE // 2].tolist()) for picture in made}
+    assert grounds == set(INKS["sky"])
+    assert inks == set(INKS["disc"])
+    ears = {tuple(picture[:, 3, 3].tolist()) for picture in made} - grounds
+    assert ears == set(INKS["disc"])  # the ear of the first picture, in the colours of all
+    assert all(
+        tuple(p[:, 3, 3].tolist()) in ({tuple(p[:, -1, -1].tolist()), tuple(p[:, SIDE // 2, SIDE // 2].tolist())}) for p in made
+    )
+
+
+def test_a_part_moves_where_its_border_agrees():
+    sky, ink = INKS["sky"][0], INKS["disc"][0]
+    plain, eared, elsewhere = disc(sky, ink), disc(sky, ink, ear=True), disc(INKS["sky"][1], ink, ear=True)
+    moved = [with_part(plain, eared, np.random.default_rng(seed)) for seed in range(20)]
+    assert any(np.array_equal(picture, eared) for picture in moved)
+    assert all(np.array_equal(picture, eared) or np.array_equal(picture, plain) for picture in moved)  # whole or not at all
+    kept = [with_part(plain, elsewhere, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(np.array_equal(picture, plain) for picture in kept)  # grounds differ: any border shows
+
+
+def test_pictures_that_cannot_be_recombined_are_left_alone_and_told():
+    pictures = three()
+    assert with_more(pictures, 0, 0) is pictures
+    noise = replace(
+        pictures, pixels=torch.randint(0, 256, (3, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    )
+    cases = {
+        "no flat drawings": noise,
+        "have masks": replace(pictures, masks=torch.ones(3, 1, SIDE, SIDE)),
+        f"more than {FEW}": replace(pictures, pixels=pictures.pixels[:1].repeat(FEW + 1, 1, 1, 1), names=["x"] * (FEW + 1)),
+        "parts in the same places": replace(pictures, pixels=pictures.pixels[:1], names=["x"]),
+    }
+    for words, these in cases.items():
+        found = with_more(these, 5, 0)
+        assert found.more is None
+        assert torch.equal(found.learnt_from, these.pixels)
+        assert words in found.notes[-1]
+
+
+@pytest.mark.parametrize("name", bundled_names("targets"))
+def test_the_bundled_targets_can_be_recombined_but_for_the_black_and_white_one(name):
+    pictures = load_folder(bundled_path(f"bundled:{name}", "targets"), 32)
+    found = with_more(pictures, 120, 0)
+    assert len(found) == 10
+    if name == "lorelei":
+        assert found.more is None
+        assert "too few colours" in found.notes[-1]
+        return
+    assert found.more is not None
+    assert len(found.learnt_from) == 130
+    assert "120 more pictures" in found.notes[-1]
+    distance = torch.cdist(found.more.float().flatten(1), pictures.pixels.float().flatten(1)).min(1).values
+    assert (distance > 0).float().mean() > 0.9  # new ones
+
+
+def test_a_run_learns_from_them():
+    settings = build_settings(TrainSettings, {"student_init": "bundled:avatars-3step", "recombine": 6})
+    parts = gather(settings, "bundled:toonHead")
+    stream = parts.stream(settings, torch.device("cpu"))
+    assert len(stream.pixels) == 16
+    assert torch.equal(stream.pixels, parts.pictures.learnt_from)
+    assert parts.hashes()["pictures"] == gather(replace(settings, recombine=0), "bundled:toonHead").hashes()["pictures"]
+
+
+def test_recombined_pictures_are_not_pieced_together_as_well(monkeypatch):
+    mixed: list[object] = []
+    monkeypatch.setattr("unidad.adapt.CutMix", lambda *given: mixed.append(given))
+    values = {"student_init": "bundled:avatars-3step", "cutmix_above": 0.5, "method": "finetune"}
+    for count, times in ((0, 1), (6, 1)):  # the second makes none
+        settings = build_settings(TrainSettings, values | {"recombine": count})
+        build_method(settings, gather(settings, "bundled:toonHead"), torch.device("cpu"), torch.Generator().manual_seed(0))
+        assert len(mixed) == times
+
+
+def test_a_run_goes_on_to_the_same_bits_and_its_report_shows_them(source, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    size = load_model(str(source)).backbone.shape[-1]
+    for i, (sky, ink) in enumerate(zip(INKS["sky"], INKS["disc"], strict=True)):
+        picture = Image.new("RGB", (size, size), sky)
+        picture.paste(ink, (size // 4, size // 4 - i % 2, 3 * size // 4, 3 * size // 4))
+        picture.save(pictures / f"{i}.png")
+    values = {
+        "source": str(source),
+        "method": "finetune",
+        "recombine": 5,
+        "cycles": 4,
+        "save_every": 2,
+        "warmup": 1,
+        "tracker": "none",
+    }
+    settings = build_settings(TrainSettings, values | {"batch_size": 2, "sample_every": 0, "device": "cpu"})
+    whole = train(pictures, tmp_path / "whole", settings)
+    train(pictures, tmp_path / "parted", settings, until=2)
+    parted = train(pictures, tmp_path / "parted", settings, resume=True)
+    one, other = (load_file(run.path / "model" / "unet" / "diffusion_pytorch_model.safetensors") for run in (whole, parted))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    page = (whole.path / "report.html").read_text(encoding="utf-8")
+    assert "5 more" in page
