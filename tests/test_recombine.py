@@ -18,7 +18,7 @@ from unidad.ingredients import gather
 from unidad.recombine import FEW, Drawing, Drawings, onto_simplex, with_more, with_part
 
 SIDE = 24
-INKS = {"sky": ((200, 220, 250), (250, 210, 210), (190, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
+INKS = {"sky": ((200, 220, 250), (250, 210, 120), (100, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
 
 
 def from_the_middle() -> np.ndarray:
@@ -124,29 +124,25 @@ def test_pictures_that_cannot_be_recombined_are_left_alone_and_told():
         "no flat drawings": noise,
         "have masks": replace(pictures, masks=torch.ones(3, 1, SIDE, SIDE)),
         f"more than {FEW}": replace(pictures, pixels=pictures.pixels[:1].repeat(FEW + 1, 1, 1, 1), names=["x"] * (FEW + 1)),
+        "too few colours": as_set([disc(INKS["sky"][0], ink) for ink in INKS["disc"][:2]]),
         "parts in the same places": replace(pictures, pixels=pictures.pixels[:1], names=["x"]),
     }
     for words, these in cases.items():
-        found = with_more(these, 5, 0)
+        found = with_more(these, 12, 0)
         assert found.more is None
         assert torch.equal(found.learnt_from, these.pixels)
         assert words in found.notes[-1]
 
 
 @pytest.mark.parametrize("name", bundled_names("targets"))
-def test_the_bundled_targets_can_be_recombined_but_for_the_black_and_white_one(name):
+def test_the_bundled_targets_can_be_recombined(name):
     pictures = load_folder(bundled_path(f"bundled:{name}", "targets"), 32)
-    found = with_more(pictures, 120, 0)
-    assert len(found) == 10
-    if name == "lorelei":
-        assert found.more is None
-        assert "too few colours" in found.notes[-1]
-        return
+    found = with_more(pictures, 60, 0)
     assert found.more is not None
-    assert len(found.learnt_from) == 130
-    assert "120 more pictures" in found.notes[-1]
+    assert (len(found), len(found.learnt_from)) == (10, 70)
+    assert "60 more pictures" in found.notes[-1]
     distance = torch.cdist(found.more.float().flatten(1), pictures.pixels.float().flatten(1)).min(1).values
-    assert (distance > 0).float().mean() > 0.9  # new ones
+    assert (distance > 0).float().mean() > 0.6  # new ones
 
 
 def test_a_run_learns_from_them():

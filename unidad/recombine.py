@@ -38,7 +38,7 @@ DETAIL = 3.0  # times more, and less, where there is no edge
 ROUNDS = 400  # of the search for weights
 PARTS = 12  # tried for each picture, from as many others
 RECTANGLES = 60  # tried for each part
-SEAM, WORST_SEAM = 12.0, 40.0  # how much two pictures may differ on a rectangle's border, on average and anywhere
+SEAM, WORST_SEAM = 12.0, 80.0  # how much two pictures may differ on a rectangle's border, on average and anywhere
 
 
 @dataclass(frozen=True)
