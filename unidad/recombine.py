@@ -195,19 +195,18 @@ def with_part(picture: Array, other: Array, rng: np.random.Generator) -> Array:
     top = (rng.random(RECTANGLES) * (height - tall + 1)).astype(int)
     left = np.where(rng.random(RECTANGLES) < 0.5, (width - wide) // 2, (rng.random(RECTANGLES) * (width - wide + 1)).astype(int))
     differ = np.abs(picture - other)
-    sums = {name: np.pad(x.cumsum(0).cumsum(1), ((1, 0), (1, 0))) for name, x in (
-        ("mean", differ.mean(-1)), ("bad", (differ.max(-1) >= WORST_SEAM).astype(float)), ("count", np.ones((height, width)))
-    )}  # fmt: skip
+    of_pixels = np.stack([differ.mean(-1), differ.max(-1) >= WORST_SEAM, np.ones((height, width))])
+    sums = np.pad(of_pixels.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
 
-    def inside(name: str, margin: int) -> Array:
-        y0, x0 = np.clip(top - margin, 0, height), np.clip(left - margin, 0, width)
-        y1, x1 = np.clip(top + tall + margin, 0, height), np.clip(left + wide + margin, 0, width)
-        y1, x1 = np.maximum(y1, y0), np.maximum(x1, x0)
-        return np.asarray(sums[name][y1, x1] - sums[name][y0, x1] - sums[name][y1, x0] + sums[name][y0, x0])
+    def inside(margin: int) -> Array:
+        """Sums over each rectangle that is so much larger on all sides: of the difference, of pixels that differ too much, of pixels."""
+        y0, x0 = np.maximum(top - margin, 0), np.maximum(left - margin, 0)
+        y1, x1 = np.maximum(np.minimum(top + tall + margin, height), y0), np.maximum(np.minimum(left + wide + margin, width), x0)
+        return np.asarray(sums[:, y1, x1] - sums[:, y0, x1] - sums[:, y1, x0] + sums[:, y0, x0])
 
-    border = {name: inside(name, 1) - inside(name, -1) for name in sums}
-    seam, change = border["mean"] / border["count"], inside("mean", 0)
-    good = (seam < SEAM) & (border["bad"] < 0.5) & (change > 2 * tall * wide)
+    border, change = inside(1) - inside(-1), inside(0)[0]
+    seam, bad = border[0] / border[2], border[1]
+    good = (seam < SEAM) & (bad < 0.5) & (change > 2 * tall * wide)
     if not good.any():
         return picture
     best = int(np.where(good, rng.random(RECTANGLES), -1).argmax())
