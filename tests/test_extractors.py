@@ -56,6 +56,13 @@ def test_weights_are_looked_for_in_one_folder(two, tmp_path, monkeypatch):
         files.find_weights(needed[:1])
     for part in ("first.pth", needed[0].sha256, str(tmp_path / "here"), "UNIDAD_WEIGHTS", "--weights", needed[0].url):
         assert part in str(missing.value)
+    with pytest.raises(ModelError) as both:
+        files.find_weights(needed)
+    for file in needed:
+        assert file.name in str(both.value) and file.sha256 in str(both.value)
+    with pytest.raises(ModelError) as other:
+        files.find_weights(needed, [paths[0]])
+    assert "first.pth" not in str(other.value) and "second.pth" in str(other.value)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "first.pth").write_bytes(paths[0].read_bytes())
     assert files.find_weights(needed, [paths[1]]) == [tmp_path / "here" / "first.pth", paths[1]]

@@ -103,22 +103,30 @@ def find_weights(needed: Sequence[WeightsFile], given: Sequence[str | Path] = ()
             f"'{digests[strange[0]]}' has sha256 {strange[0]}, which is that of none of the weights needed here: "
             f"{_names(needed)}. It is damaged or another file; get it anew."
         )
-    return [digests.get(file.sha256) or _in_folder(file, download) for file in needed]
+    missing = [file for file in needed if file.sha256 not in digests and not (weights_folder() / file.name).is_file()]
+    if missing and not download:
+        raise ModelError(_how_to_get(missing))
+    return [digests.get(file.sha256) or _in_folder(file) for file in needed]
+
+
+def _how_to_get(missing: Sequence[WeightsFile]) -> str:
+    one = len(missing) == 1
+    each = "; ".join(f"'{file.name}' (sha256 {file.sha256}, {file.size:,} bytes) from {file.url}" for file in missing)
+    return (
+        f"These scores need {'a weights file' if one else 'weights files'} that {'is' if one else 'are'} not here: {each}. "
+        f"Put {'it' if one else 'them'} into '{weights_folder()}' under {'that name' if one else 'those names'} (the environment "
+        "variable UNIDAD_WEIGHTS names another folder), give each with --weights FILE, or let --download fetch what is missing."
+    )
 
 
 def _names(files: Sequence[WeightsFile]) -> str:
     return ", ".join(f"'{file.name}' (sha256 {file.sha256})" for file in files)
 
 
-def _in_folder(file: WeightsFile, download: bool) -> Path:
+def _in_folder(file: WeightsFile) -> Path:
+    """Its path in the weights folder, fetched first where it is not there."""
     path = weights_folder() / file.name
     if not path.is_file():
-        if not download:
-            raise ModelError(
-                f"These scores need the weights file '{file.name}' (sha256 {file.sha256}, {file.size:,} bytes): get it from {file.url} "
-                f"and put it into '{path.parent}' under that name (the environment variable UNIDAD_WEIGHTS names another folder), "
-                "give it with --weights FILE, or let --download fetch it."
-            )
         _fetch(file, path)
     found = sha256_of(path)
     if found != file.sha256:
