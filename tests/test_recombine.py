@@ -104,6 +104,15 @@ def test_new_pictures_have_the_colours_and_parts_of_the_old_ones():
     )
 
 
+def test_a_colour_is_as_likely_however_many_pictures_have_it():
+    inks = [INKS["disc"][0]] * 5 + [INKS["disc"][1]]
+    skies = [INKS["sky"][i % 3] for i in range(6)]
+    pictures = as_set([disc(sky, ink, radius=6 + i / 4) for i, (sky, ink) in enumerate(zip(skies, inks, strict=True))])
+    made = Drawings(pictures.pixels).draw(300, 0)
+    share = float((made[:, 0, SIDE // 2, SIDE // 2] == INKS["disc"][1][0]).double().mean())
+    assert 0.4 < share < 0.6  # a sixth have it; a standard deviation is 0.03
+
+
 def test_a_part_moves_where_its_border_agrees():
     sky, ink = INKS["sky"][0], INKS["disc"][0]
     plain, eared, elsewhere = disc(sky, ink), disc(sky, ink, ear=True), disc(INKS["sky"][1], ink, ear=True)

@@ -34,9 +34,8 @@ LARGE = 0.02  # of a picture that a colour covers which is replaced by others
 SAME_PART = 0.3  # overlap (intersection over union) of colours that play the same part in two pictures
 BLACK_AND_WHITE = np.array([[0.0, 0, 0], [255, 255, 255]])  # shades and eyes: may be in any mixture, and are never replaced
 FAR, SHADE = 300.0, 1000.0  # what a colour costs in a mixture that does not lie nearby, or that is black or white; squared levels
-DETAIL = 3.0  # times more, and less, where there is no edge
 ROUNDS = 400  # of the search for weights
-PARTS = 12  # tried for each picture, from as many others
+PARTS = 6  # tried for each picture, from as many others
 RECTANGLES = 60  # tried for each part
 SEAM, WORST_SEAM = 12.0, 80.0  # how much two pictures may differ on a rectangle's border, on average and anywhere
 
@@ -72,8 +71,7 @@ class Drawing:
         height, width, _ = self.pixels.shape
         palette = np.concatenate([self.colours, BLACK_AND_WHITE])
         x = self.pixels.reshape(-1, 3)
-        detail = np.where(self._nearby.sum(-1, keepdims=True) < 2, DETAIL, 1.0)  # away from edges, such as an eye
-        price = np.concatenate([FAR * detail * ~self._nearby, np.full((height, width, 2), SHADE) / detail], -1).reshape(len(x), -1)
+        price = np.concatenate([FAR * ~self._nearby, np.full((height, width, 2), SHADE)], -1).reshape(len(x), -1)
         start = ((x[:, None] - palette) ** 2).sum(-1) + price
         weights = np.eye(len(palette))[start.argmin(1)]
         gram = palette @ palette.T
@@ -175,13 +173,16 @@ class Drawings:
         return made
 
     def _other_colours(self, i: int, rng: np.random.Generator) -> dict[int, Array]:
-        """For each part of picture i the colour that it has in another picture."""
+        """For each part of picture i a colour that it has in one of the pictures, each as likely, however many have it."""
         new = {}
         for k in self.drawings[i].parts:
-            owners = [j for j in range(len(self.drawings)) if (i, j, k) in self.same]
-            if owners:
-                j = owners[int(rng.integers(len(owners)))]
-                new[k] = self.drawings[j].colours[self.same[i, j, k]]
+            seen = [self.drawings[i].colours[k]]
+            for j, other in enumerate(self.drawings):
+                if (i, j, k) in self.same:
+                    colour = other.colours[self.same[i, j, k]]
+                    if all(np.abs(colour - known).max() > ALIKE for known in seen):
+                        seen.append(colour)
+            new[k] = seen[int(rng.integers(len(seen)))]
         return new
 
 
