@@ -15,7 +15,7 @@ from unidad.backbones.load import bundled_names, bundled_path, load_model
 from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet, load_folder
 from unidad.ingredients import gather
-from unidad.recombine import FEW, Drawing, Drawings, onto_simplex, with_more, with_part
+from unidad.recombine import FEW, Drawing, Drawings, nearest_weights, with_more, with_part
 
 SIDE = 24
 INKS = {"sky": ((200, 220, 250), (250, 210, 120), (100, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
@@ -45,8 +45,9 @@ def three() -> PictureSet:
 
 
 def test_the_nearest_weights():
-    found = onto_simplex(np.array([[0.2, 0.8], [3.0, 0.0], [0.5, 0.9], [-1.0, -1.0]]))
-    assert np.allclose(found, [[0.2, 0.8], [1, 0], [0.3, 0.7], [0.5, 0.5]])
+    v = np.array([[0.2, 0.8], [3.0, 0.0], [0.5, 0.9], [-1.0, -1.0]])
+    assert np.allclose(nearest_weights(v, np.zeros((4, 2))), [[0.2, 0.8], [1, 0], [0.3, 0.7], [0.5, 0.5]])
+    assert np.allclose(nearest_weights(v, np.full((4, 2), [0, -0.1])), [[0.2, 0.8], [1.1, -0.1], [0.3, 0.7], [0.5, 0.5]])
 
 
 def test_colours_are_the_flat_ones_and_edges_are_mixtures_of_them():
@@ -57,7 +58,7 @@ def test_colours_are_the_flat_ones_and_edges_are_mixtures_of_them():
     assert 0.8 < drawing.flat < 1
     weights = drawing.weights
     assert np.allclose(weights.sum(-1), 1)
-    assert weights.min() >= 0
+    assert weights.min() >= -0.1
     share = np.clip(7.0 - from_the_middle(), 0, 1)
     assert np.abs(weights[..., 1] - share).max() < 0.02
     assert weights[..., 2:].max() < 0.02  # neither black nor white is needed
@@ -69,6 +70,18 @@ def test_a_recoloured_drawing_is_the_drawing_in_the_other_colour():
     assert np.array_equal(drawing.recoloured({1: drawing.colours[1]}), drawing.pixels)
     other = np.array(INKS["disc"][1], float)
     assert np.abs(drawing.recoloured({1: other}) - disc(INKS["sky"][0], INKS["disc"][1])).max() < 3
+
+
+def test_what_resizing_adds_at_an_edge_follows_too():
+    sky, ink, other = (np.array(colour, float) for colour in (INKS["sky"][0], INKS["disc"][1], INKS["disc"][2]))
+
+    def square(colour: np.ndarray) -> np.ndarray:
+        picture = np.tile(sky, (SIDE, SIDE, 1))
+        picture[6:18, 6:18] = 1.08 * colour - 0.08 * sky  # darker at its border, as beside light ground
+        picture[7:17, 7:17] = colour
+        return picture
+
+    assert np.abs(Drawing(square(ink)).recoloured({1: other}) - square(other)).max() < 2
 
 
 def test_an_eye_keeps_its_colour_and_a_shade_follows():

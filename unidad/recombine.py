@@ -34,6 +34,9 @@ LARGE = 0.02  # of a picture that a colour covers which is replaced by others
 SAME_PART = 0.3  # overlap (intersection over union) of colours that play the same part in two pictures
 BLACK_AND_WHITE = np.array([[0.0, 0, 0], [255, 255, 255]])  # shades and eyes: may be in any mixture, and are never replaced
 FAR, SHADE = 300.0, 1000.0  # what a colour costs in a mixture that does not lie nearby, or that is black or white; squared levels
+RINGING = (
+    0.1  # how far below 0 the weight of a colour nearby may be: a resized picture is darker beside light, and lighter beside dark
+)
 ROUNDS = 400  # of the search for weights
 PARTS = 6  # tried for each picture, from as many others
 RECTANGLES = 60  # tried for each part
@@ -72,13 +75,14 @@ class Drawing:
         palette = np.concatenate([self.colours, BLACK_AND_WHITE])
         x = self.pixels.reshape(-1, 3)
         price = np.concatenate([FAR * ~self._nearby, np.full((height, width, 2), SHADE)], -1).reshape(len(x), -1)
+        least = np.concatenate([-RINGING * self._nearby, np.zeros((height, width, 2))], -1).reshape(len(x), -1)
         start = ((x[:, None] - palette) ** 2).sum(-1) + price
         weights = np.eye(len(palette))[start.argmin(1)]
         gram = palette @ palette.T
         step, pull = 1 / np.linalg.eigvalsh(gram)[-1], x @ palette.T - price / 2
         ahead, pace = weights, 1.0
         for _ in range(ROUNDS):  # Beck and Teboulle 2009 (FISTA)
-            moved = onto_simplex(ahead - step * (ahead @ gram - pull))
+            moved = nearest_weights(ahead - step * (ahead @ gram - pull), least)
             faster = (1 + np.sqrt(1 + 4 * pace * pace)) / 2
             weights, ahead, pace = moved, moved + (pace - 1) / faster * (moved - weights), faster
         return weights.reshape(height, width, -1)
@@ -114,12 +118,13 @@ class Drawing:
         return np.asarray(inside > 0)
 
 
-def onto_simplex(v: Array) -> Array:
-    """The nearest weights to each row of v, [N, K]: at least 0, summing to 1 (Duchi et al. 2008)."""
-    falling = -np.sort(-v, 1)
-    over = falling.cumsum(1) - 1
+def nearest_weights(v: Array, least: Array) -> Array:
+    """The nearest weights to each row of v, [N, K]: none below its `least`, summing to 1 (Duchi et al. 2008)."""
+    room = v - least
+    falling = -np.sort(-room, 1)
+    over = falling.cumsum(1) - (1 - least.sum(1, keepdims=True))
     last = (falling > over / np.arange(1, v.shape[1] + 1)).sum(1)
-    return np.maximum(v - (over[np.arange(len(v)), last - 1] / last)[:, None], 0)
+    return np.maximum(room - (over[np.arange(len(v)), last - 1] / last)[:, None], 0) + least
 
 
 @dataclass(frozen=True)
