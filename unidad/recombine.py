@@ -34,9 +34,7 @@ LARGE = 0.02  # of a picture that a colour covers which is replaced by others
 SAME_PART = 0.3  # overlap (intersection over union) of colours that play the same part in two pictures
 BLACK_AND_WHITE = np.array([[0.0, 0, 0], [255, 255, 255]])  # shades and eyes: may be in any mixture, and are never replaced
 FAR, SHADE = 300.0, 1000.0  # what a colour costs in a mixture that does not lie nearby, or that is black or white; squared levels
-RINGING = (
-    0.1  # how far below 0 the weight of a colour nearby may be: a resized picture is darker beside light, and lighter beside dark
-)
+RINGING = 0.1  # how far below 0 the weight of a colour nearby may be: resizing makes edges darker beside light, lighter beside dark
 ROUNDS = 400  # of the search for weights
 PARTS = 6  # tried for each picture, from as many others
 RECTANGLES = 60  # tried for each part
@@ -67,7 +65,8 @@ class Drawing:
 
     @cached_property
     def weights(self) -> Array:
-        """How much of each of its colours, then of black and of white, is in each pixel: [H, W, P + 2], at least 0, summing to 1.
+        """How much of each of its colours, then of black and of white, is in each pixel: [H, W, P + 2], summing to 1; none is below 0 but
+        those of colours nearby, down to -RINGING.
 
         The least squares of the mixture's error, with a price on colours that do not lie nearby and on black and white.
         """
