@@ -20,7 +20,7 @@ from unidad.backbones.load import bundled_names
 from unidad.data import load_folder
 from unidad.metrics.distances import frechet_distance
 from unidad.metrics.features import EfficientNetLite0
-from unidad.recombine import Drawings
+from unidad.recombine import with_more
 
 
 def noisy(pixels: Tensor, grain: int) -> Tensor:
@@ -46,11 +46,9 @@ def main() -> int:
         anew = load_folder(parts, 32).pixels
         print(f"the ten pictures' parts and colours, put together anew: {frechet_distance(features(anew), reference):.1f}")
         print(f"the same with noise of 2/255: {frechet_distance(features(noisy(anew, 2)), reference):.1f}")
-    drawings = Drawings(ten)
-    if drawings.fit:
-        print(
-            f"the ten pictures recombined (the setting recombine): {frechet_distance(features(drawings.draw(1000, 0)), reference):.1f}"
-        )
+    made = with_more(load_folder(target.train, 32), 1000, 0, target.train).more
+    if made is not None:
+        print(f"the ten pictures recombined (the setting recombine): {frechet_distance(features(made), reference):.1f}")
     repeated = ten[torch.arange(1000) % len(ten)]
     print(f"the ten pictures, repeated: {frechet_distance(features(repeated), reference):.1f}")
     return 0

@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from unidad.data import MAX_PIXELS, PictureStream, list_pictures, load_folder, open_picture, picture_grid, to_signed, to_uint8
+from unidad.data import (
+    MAX_PIXELS,
+    PictureStream,
+    list_pictures,
+    load_folder,
+    open_picture,
+    picture_grid,
+    smallest_side,
+    to_signed,
+    to_uint8,
+)
 from unidad.errors import DataError
 from unidad.info import describe_path
 
@@ -392,3 +402,12 @@ def test_an_empty_batch():
     stream = PictureStream(numbered(3), hflip=True, seed=0)
     assert stream.next(0).shape == (0, 3, 4, 4)
     assert stream.drawn == 0
+
+
+def test_the_smallest_side_of_a_folder(tmp_path):
+    for i, size in enumerate(((40, 30), (25, 90))):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    assert smallest_side(tmp_path) == 25
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"2\.png"):
+        smallest_side(tmp_path)

@@ -14,8 +14,9 @@ from unidad.adapt import build_method, train
 from unidad.backbones.load import bundled_names, bundled_path, load_model
 from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet, load_folder
+from unidad.drawing import Drawing, nearest_weights
 from unidad.ingredients import gather
-from unidad.recombine import FEW, Drawing, Drawings, nearest_weights, with_more, with_part
+from unidad.recombine import FEW, FINE, Drawings, Region, connected, thinned, with_more
 
 SIDE = 24
 INKS = {"sky": ((200, 220, 250), (250, 210, 120), (100, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
@@ -126,14 +127,85 @@ def test_a_colour_is_as_likely_however_many_pictures_have_it():
     assert 0.4 < share < 0.6  # a sixth have it; a standard deviation is 0.03
 
 
-def test_a_part_moves_where_its_border_agrees():
-    sky, ink = INKS["sky"][0], INKS["disc"][0]
-    plain, eared, elsewhere = disc(sky, ink), disc(sky, ink, ear=True), disc(INKS["sky"][1], ink, ear=True)
-    moved = [with_part(plain, eared, np.random.default_rng(seed)) for seed in range(20)]
-    assert any(np.array_equal(picture, eared) for picture in moved)
-    assert all(np.array_equal(picture, eared) or np.array_equal(picture, plain) for picture in moved)  # whole or not at all
-    kept = [with_part(plain, elsewhere, np.random.default_rng(seed)) for seed in range(20)]
-    assert all(np.array_equal(picture, plain) for picture in kept)  # grounds differ: any border shows
+def test_shades_follow_their_colour():
+    skin, hair, brown = np.array((190.0, 140, 110)), np.array((60.0, 40, 200)), np.array((80.0, 30, 10))
+    picture = disc(INKS["sky"][0], tuple(skin), radius=9)
+    picture[15:18, 9:16] = 0.8 * skin
+    picture[8:10, 9:16] = hair
+    drawing = Drawing(picture.round())
+    base, ink, shade = (next(k for k, c in enumerate(drawing.colours) if np.array_equal(c, of)) for of in (skin, hair, 0.8 * skin))
+    assert drawing.shades == {shade: (base, pytest.approx(0.8))}
+    assert base in drawing.parts
+    assert shade not in drawing.parts
+    made = drawing.recoloured({base: brown})
+    assert np.allclose(made[16, 12], 0.8 * brown)
+    assert np.allclose(made[12, 12], brown)
+    assert np.array_equal(made[8, 12], drawing.colours[ink])
+
+
+def test_connected_regions_and_their_mirror_images():
+    mask = np.zeros((9, 12), bool)
+    mask[2, 2], mask[3, 3] = True, True  # touching at a corner, and ...
+    mask[2, 9] = True  # ... the mirror image of the first
+    mask[7, 4:6] = True
+    found = sorted(connected(mask), key=lambda m: int(m.sum()))
+    assert [np.argwhere(m).tolist() for m in found] == [[[7, 4], [7, 5]], [[2, 2], [2, 9], [3, 3]]]
+    assert connected(np.zeros((3, 3), bool)) == []
+
+
+def test_a_thinned_list_keeps_its_order_and_spread():
+    few, many = np.arange(256), np.arange(1000)
+    assert np.array_equal(thinned(few), few)
+    assert thinned(many).tolist() == list(range(0, 1000, 4))
+
+
+def test_pictures_differ_where_their_shapes_do_whatever_their_colours():
+    drawings = Drawings(three().pixels)
+    differ = drawings._differ.reshape(SIDE, SIDE, 3, 3)
+    assert np.array_equal(differ, differ.transpose(0, 1, 3, 2))
+    assert differ[..., 1, 2].max() <= 3  # the same disc in other colours
+    ear = np.zeros((SIDE, SIDE), bool)
+    ear[2:5, 2:6] = True
+    assert (differ[..., 0, 1][ear] > 100).all()
+    assert (differ[..., 0, 1][~ear] <= 5).all()
+
+
+def test_a_part_moves_whole_and_where_its_border_agrees():
+    drawings = Drawings(three().pixels)
+    (ear,) = drawings._regions
+    assert set(range(2 * SIDE + 2, 2 * SIDE + 6)) < set(ear.inside.tolist())
+    rng, start = np.random.default_rng(0), np.ones(SIDE * SIDE, int)  # all from the second picture, which has none
+    ends = [drawings._exchanged(start, ear, rng) for _ in range(60)]
+    assert {tuple(np.unique(end[ear.inside])) for end in ends} <= {(0,), (1,), (2,)}
+    assert all((end[np.setdiff1d(np.arange(SIDE * SIDE), ear.inside)] == 1).all() for end in ends)
+
+    assert any((end[ear.inside] == 0).all() for end in ends)
+    across = Region(ear.inside, ear.inside, ear.sample, ear.alike)  # a border that runs through the ear
+    assert all((drawings._exchanged(start, across, rng)[ear.inside] != 0).all() for _ in range(60))
+
+
+def test_a_rare_part_is_more_likely_than_its_share():
+    inks = [INKS["disc"][i % 3] for i in range(6)]
+    skies = [INKS["sky"][i % 3] for i in range(6)]
+    pictures = as_set([disc(sky, ink, ear=i == 0) for i, (sky, ink) in enumerate(zip(skies, inks, strict=True))])
+    made = Drawings(pictures.pixels).draw(200, 0)
+    share = float((made[:, :, 3, 3] != made[:, :, -1, -1]).any(1).double().mean())
+    assert share > 0.5  # one of six pictures has it
+
+
+def test_larger_files_are_taken_apart_as_they_are(tmp_path):
+    for i, (sky, ink) in enumerate(zip(INKS["sky"], INKS["disc"], strict=True)):
+        picture = Image.new("RGB", (96, 96), sky)
+        picture.paste(ink, (24, 24 - 8 * i, 72, 71))  # no edge at a multiple of three: mixed pixels at 32 a side
+        picture.save(tmp_path / f"{i}.png")
+    pictures = load_folder(tmp_path, 32)
+    assert FINE >= 96
+    found = with_more(pictures, 12, 0, tmp_path)
+    assert found.more is not None
+    assert found.more.shape == (12, 3, 32, 32)
+    fine = Drawings(load_folder(tmp_path, 96).pixels).draw(12, 0, 32)
+    assert torch.equal(found.more, fine)
+    assert not torch.equal(found.more, with_more(pictures, 12, 0).more)
 
 
 def test_pictures_that_cannot_be_recombined_are_left_alone_and_told():

@@ -23,6 +23,7 @@ from unidad.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error)  # what broken files raise in Pillow
 MASK = "_mask"  # what the name of a picture's mask ends in
 # Larger pictures are refused by `open_picture` itself; Pillow need not warn as well.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -107,7 +108,7 @@ def decode(path: Path) -> tuple[Image.Image, list[str]]:
         raise DataError(f"'{path}' claims more than {MAX_PIXELS // 10**6} million pixels. Make it smaller first.") from None
     except UnidentifiedImageError:
         raise DataError(f"'{path}' is not a picture ({', '.join(FORMATS)}). Remove it or save it anew.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, struct.error) as error:
+    except UNREADABLE as error:
         raise DataError(f"'{path}' cannot be read: {error}. Remove it or save it anew.") from None
 
 
@@ -146,6 +147,23 @@ def load_folder(folder: str | Path, size: int, limit: int | None = None) -> Pict
         DataError: folder missing or empty, a file unreadable, or a picture smaller than `size`; names the files.
     """
     return load_files(list_pictures(folder)[:limit], size, folder)
+
+
+def smallest_side(folder: str | Path) -> int:
+    """The shortest side, in pixels, of a folder's pictures; nothing is decoded.
+
+    Raises:
+        DataError: folder missing or empty, or a file unreadable.
+    """
+    return min(min(_dimensions(path)) for path in list_pictures(folder))
+
+
+def _dimensions(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except (UnidentifiedImageError, Image.DecompressionBombError, *UNREADABLE) as error:
+        raise DataError(f"'{path}' cannot be read: {error}. Remove it or save it anew.") from None
 
 
 def load_files(files: list[Path], size: int, folder: str | Path) -> PictureSet:

@@ -139,7 +139,7 @@ def gather(settings: TrainSettings, target: str | Path) -> Ingredients:
     steps = fitting_steps(settings, source)
     place = bundled_path(str(target), "targets")
     pictures = with_masks(load_folder(place, source.backbone.shape[-1]), place)
-    pictures = with_more(pictures, settings.recombine, settings.seed)
+    pictures = with_more(pictures, settings.recombine, settings.seed, Path(place))
     pictures.notes.extend([*mirroring_notes(settings, pictures), *student_notes(settings, student_init, steps)])
     if pictures.masks is not None and settings.cutmix_above < 1:
         pictures.notes.append("These pictures have masks, so none is pieced together with another ('cutmix_above').")
