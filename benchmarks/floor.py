@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--heldout", type=Path, default=ROOT / "data" / "heldout")
     args = parser.parse_args()
     target, features = find_target(args.target, args.heldout), EfficientNetLite0()
-    pixels, ten = load_folder(target.heldout, 32).pixels, load_folder(target.train, 32).pixels
+    pixels, ten = load_folder(target.heldout, 32).pixels, load_folder(target.train, 32)
     first, reference = pixels[:1000], features(pixels[1000:2000])
     print(f"1,000 held-out pictures against 1,000 others: {frechet_distance(features(first), reference):.1f}")
     for grain in (1, 2, 3, 5):
@@ -46,10 +46,10 @@ def main() -> int:
         anew = load_folder(parts, 32).pixels
         print(f"the ten pictures' parts and colours, put together anew: {frechet_distance(features(anew), reference):.1f}")
         print(f"the same with noise of 2/255: {frechet_distance(features(noisy(anew, 2)), reference):.1f}")
-    made = with_more(load_folder(target.train, 32), 1000, 0, target.train).more
+    made = with_more(ten, 1000, 0, target.train).more
     if made is not None:
         print(f"the ten pictures recombined (the setting recombine): {frechet_distance(features(made), reference):.1f}")
-    repeated = ten[torch.arange(1000) % len(ten)]
+    repeated = ten.pixels[torch.arange(1000) % len(ten)]
     print(f"the ten pictures, repeated: {frechet_distance(features(repeated), reference):.1f}")
     return 0
 

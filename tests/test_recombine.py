@@ -178,10 +178,18 @@ def test_a_part_moves_whole_and_where_its_border_agrees():
     ends = [drawings._exchanged(start, ear, rng) for _ in range(60)]
     assert {tuple(np.unique(end[ear.inside])) for end in ends} <= {(0,), (1,), (2,)}
     assert all((end[np.setdiff1d(np.arange(SIDE * SIDE), ear.inside)] == 1).all() for end in ends)
-
     assert any((end[ear.inside] == 0).all() for end in ends)
     across = Region(ear.inside, ear.inside, ear.sample, ear.alike)  # a border that runs through the ear
     assert all((drawings._exchanged(start, across, rng)[ear.inside] != 0).all() for _ in range(60))
+
+
+def test_pictures_that_differ_everywhere_have_no_part_to_exchange():
+    plain = disc(INKS["sky"][0], INKS["disc"][0])
+    drawings = Drawings(as_set([plain, 255 - plain[::-1]]).pixels)
+    drawings.__dict__["same"] = {}  # no colour of one plays a part in the other
+    assert (drawings._differ[:, 0, 1] > 0).all()
+    assert drawings._regions == []
+    assert torch.equal(drawings.draw(1, 0)[0], drawings.pictures[int(np.random.default_rng(0).integers(2))])
 
 
 def test_a_rare_part_is_more_likely_than_its_share():

@@ -163,7 +163,7 @@ class Drawings:
             for b in range(a + 1, len(self.drawings)):
                 differ = (self._differ[:, a, b] > DIFFER).reshape(height, width)
                 found |= {mask.tobytes(): mask for mask in connected(differ) if mask.sum() >= max(4, TINY * mask.size)}
-        return [self._region(mask) for mask in found.values()]
+        return [self._region(mask) for mask in found.values() if not wider(mask).all()]  # all of a picture has no border to fit
 
     def _region(self, mask: Mask) -> Region:
         inside, border = np.flatnonzero(wider(mask)), np.flatnonzero(wider(wider(mask)) & ~mask)
@@ -201,12 +201,11 @@ def connected(mask: Mask) -> list[Mask]:
 
 
 def _resized(picture: Array, size: int | None) -> NDArray[np.uint8]:
+    """As a picture file of that size would be read."""
     pixels = picture.round().astype(np.uint8)
-    return (
-        pixels
-        if size in (None, len(pixels))
-        else np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
-    )
+    if size in (None, len(pixels)):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def with_more(pictures: PictureSet, count: int, seed: int, folder: Path | None = None) -> PictureSet:
