@@ -1,7 +1,7 @@
 import pytest
 import tiny
 import torch
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from unidad.backbones.load import load_model
 from unidad.data import to_uint8
@@ -156,4 +156,52 @@ def test_a_trajectory_is_kept_at_the_start_of_each_span_however_dense_it_is():
     assert dense.shape == (2, 4, *tiny.SHAPE)
     assert torch.equal(dense[:, 0], noise)
     path = [999, 754, 510, 265, 20]
-    assert torch.equal(dense[:, 1], [x for x, _ in ddim_states(model, noise, path)][-1])
+    assert torch.equal(dense[:, 1], [x for x, _ in ddim_states(model, noise, path, order=2)][-1])
+    assert dense.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_second_order_equals_stock_dpm_solver(net_v):
+    """DPM-Solver++(2M) as diffusers has it, at the same timesteps."""
+    stock = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        final_sigmas_type="zero",
+    )
+    path = [998, 887, 776, 665, 400, 187, 55, 14]
+    stock.set_timesteps(timesteps=path)
+    x = noise = noises(2, 1)[0]
+    for t in stock.timesteps:
+        x = stock.step(net_v.unet(x, t).sample, t, x).prev_sample
+    for _, xhat in ddim_states(net_v, noise, path, clip=False, order=2):
+        end = xhat
+    assert torch.allclose(end, x, atol=2e-5)
+    assert not torch.allclose(end, list(ddim_states(net_v, noise, path, clip=False))[-1][1], atol=2e-3)
+
+
+@torch.no_grad()
+def test_the_second_order_is_nearer_to_the_ode():
+    """Of normal data both the best prediction and the ODE are known: every quantile stays where it is."""
+    mean, spread, schedule = 0.3, 0.2, tiny.cosine()
+
+    class Normal:
+        bounded = False
+
+        def x0(self, x, t, labels=None):
+            alpha, sigma = self.schedule.alpha_sigma(t, x.ndim)
+            return mean + alpha * spread**2 / (alpha**2 * spread**2 + sigma**2) * (x - alpha * mean)
+
+    model = Normal()
+    model.schedule = schedule
+    z = torch.linspace(-2, 2, 9).reshape(-1, 1, 1, 1)
+    alpha, sigma = schedule.alpha_sigma(torch.full((9,), 998), 4)
+    start = alpha * mean + (alpha**2 * spread**2 + sigma**2).sqrt() * z
+    path = [998, 887, 776, 665, 512, 360, 207, 55, 30, 14, 3, 1]
+    miss = {}
+    for order in (1, 2):
+        for _, xhat in ddim_states(model, start, path, order=order):
+            end = xhat
+        miss[order] = float((end - (mean + spread * z)).abs().max())
+    assert miss[2] < miss[1] / 3

@@ -49,21 +49,32 @@ def rollout(
 
 @torch.no_grad()
 def ddim_states(
-    model: Backbone, x: Tensor, taus: Sequence[int], labels: Tensor | None = None, clip: bool = True
+    model: Backbone, x: Tensor, taus: Sequence[int], labels: Tensor | None = None, clip: bool = True, order: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Deterministic DDIM (arXiv 2010.02502, eq. 12 with eta 0) from `x` [B, C, H, W], which has the noise of taus[0].
+
+    With `order` 2 each step but the first goes by the x0-prediction extrapolated from the last two, linearly in the logarithm of
+    alpha / sigma: DPM-Solver++(2M), arXiv 2211.01095, algorithm 2; the same cost, and far nearer to the ODE in a dozen steps.
 
     Yields, for each of the falling `taus`, x there and the x0-prediction from it, clamped to [-1, 1] when `clip` and the model is
     bounded; the last is the end.
     """
+    before: tuple[Tensor, Tensor] | None = None  # the last prediction, and log(alpha / sigma) there
     for tau, following in zip(taus, [*taus[1:], None], strict=True):
         t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
         alpha, sigma = model.schedule.alpha_sigma(t, x.ndim)
         xhat = model.x0(x, t, labels)
         xhat = xhat.clamp(-1, 1) if clip and model.bounded else xhat
         yield x, xhat
-        if following is not None:
-            x = model.schedule.add_noise(xhat, (x - alpha * xhat) / sigma, torch.full_like(t, following))
+        if following in (None, tau):  # the end, or the same timestep again: nothing moves
+            continue
+        after, here, heading = torch.full_like(t, following), (alpha / sigma).log(), xhat
+        if order == 2 and before is not None:
+            next_alpha, next_sigma = model.schedule.alpha_sigma(after, x.ndim)
+            share = ((next_alpha / next_sigma).log() - here) / (2 * (here - before[1]))
+            heading = xhat + share * (xhat - before[0])
+        before = xhat, here
+        x = model.schedule.add_noise(heading, (x - alpha * heading) / sigma, after)
 
 
 def ddim(model: Backbone, noise: Tensor, n_steps: int, labels: Tensor | None = None, clip: bool = True) -> Tensor:
@@ -83,7 +94,7 @@ def _span(high: int, low: int, n: int) -> list[int]:
 def ddim_trajectory(
     model: Backbone, noise: Tensor, steps: Sequence[int], per_step: Sequence[int], labels: Tensor | None = None
 ) -> Tensor:
-    """DDIM from `noise` [B, C, H, W] at tau_1 with per_step[k] evaluations after each tau_k: x at every tau_k, and the end.
+    """DDIM of second order from `noise` [B, C, H, W] at tau_1 with per_step[k] evaluations after each tau_k: x at every tau_k, and the end.
 
     Evenly spaced, but denser towards 0 after tau_K: what the last evaluation is left with stays in the picture as grain.
 
@@ -92,7 +103,7 @@ def ddim_trajectory(
     """
     path = [tau for span in zip(steps, [*steps[1:], 0], per_step, strict=True) for tau in _span(*span)]
     starts, kept = list(accumulate(per_step, initial=0))[:-1], []
-    for i, (x, xhat) in enumerate(ddim_states(model, noise, path, labels)):
+    for i, (x, xhat) in enumerate(ddim_states(model, noise, path, labels, order=2)):
         if i in starts:
             kept.append(x)
         end = xhat
