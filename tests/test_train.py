@@ -267,6 +267,26 @@ def test_the_time_left_is_told_at_the_pace_of_the_last_lines(tmp_path):
     assert [line.split("  ")[0] for line in lines] == told, "the first at once, for whoever wonders whether anything happens"
 
 
+def test_the_time_left_counts_what_is_still_to_come(tmp_path):
+    """Cycles of a target teacher that learns alone cost a seventh of those with the student."""
+    method, text = tiny.unidad(warmup=60, target_cycles=60, fake_updates=1), io.StringIO()
+    assert [method.work(cycles) for cycles in (0, 60, 61, 100)] == [0, 60, 66, 300]
+    log = Log(RunFolder(tmp_path), Accelerator(cpu=True), Console(file=text, force_terminal=False))
+    with log.progress(0, 100, work=method.work):
+        for cycle, seconds in ((10, 10.0), (40, 40.0), (70, 120.0)):
+            log.add("phase", {"total": torch.tensor(0.5)})
+            log.flush(cycle, seconds, {})
+    told = [line.split("  ")[0] for line in text.getvalue().splitlines()]
+    assert told == ["cycle 10 of 100", "cycle 40 of 100, about 4 min left", "cycle 70 of 100, about 3 min left"]
+
+
+def test_no_grid_is_drawn_of_a_student_that_has_not_begun(tmp_path, picture_folder):
+    trainer, drawn = make(tmp_path, picture_folder, tiny.unidad(warmup=4), cycles=7, sample_every=2), []
+    trainer.sampler = lambda _: drawn.append(trainer.place.cycle) or torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    trainer.fit()
+    assert drawn == [0, 6, 7]
+
+
 def test_the_average_begins_with_the_student(tmp_path, picture_folder):
     """Cycles in which it does not learn yet leave no trace of the weights it begins with."""
     trainer = make(tmp_path, picture_folder, tiny.unidad(warmup=2), cycles=4, ema=0.9)

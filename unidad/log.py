@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from unidad.data import picture_grid
@@ -37,6 +37,7 @@ class Log:
         self._printed: tuple[float, int] | None = None  # seconds and cycle of the last line
         self._total = 0
         self._limit = 0.0
+        self._work: Callable[[int], float] = float
 
     def add(self, phase: str, losses: dict[str, Tensor]) -> None:
         """Remember terms of one micro-batch; no synchronisation."""
@@ -70,7 +71,7 @@ class Log:
         short = {key.split("/")[1]: value for key, value in means.items()}
         text = "  ".join(f"{name} {short[name]:.3g}" for name in SHOWN if name in short and (name != "total" or len(short) < 4))
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=cycle, losses=text)
+            self._progress.update(self._task, completed=self._work(cycle), cycle=cycle, losses=text)
         if self.console is None or self.console.is_terminal:
             return
         if self._printed is None:
@@ -79,7 +80,8 @@ class Log:
         before, since = self._printed
         if seconds - before >= 15:
             self._printed = seconds, cycle
-            left = (seconds - before) / max(1, cycle - since) * (self._total - cycle) / 60  # at the pace of the last lines
+            done, ahead = self._work(cycle) - self._work(since), self._work(self._total) - self._work(cycle)
+            left = (seconds - before) / max(1.0, done) * ahead / 60  # at the pace of the last lines
             left = min(left, max(0.0, self._limit - seconds / 60)) if self._limit else left
             self.console.print(f"cycle {cycle} of {self._total}, about {left:.0f} min left  {text}", highlight=False)
 
@@ -115,23 +117,24 @@ class Log:
             part.write_text("".join(kept))
 
     @contextmanager
-    def progress(self, done: int, total: int, minutes: float = 0.0) -> Iterator[None]:
-        """Draw the bar while the block runs, where there is a terminal."""
-        self._total, self._limit = total, minutes
+    def progress(self, done: int, total: int, minutes: float = 0.0, work: Callable[[int], float] = float) -> Iterator[None]:
+        """Draw the bar while the block runs, where there is a terminal; `work` says how much is done after so many cycles."""
+        self._total, self._limit, self._work = total, minutes, work
         self._printed = None
         if self.console is None or not self.console.is_terminal:
             yield
             return
         columns = (
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[cycle]}/{task.fields[cycles]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
         )
         with Progress(*columns, console=self.console, speed_estimate_period=60) as progress:
-            self._progress, self._task = progress, progress.add_task("", total=total, completed=done, losses="")
+            self._progress = progress
+            self._task = progress.add_task("", total=work(total), completed=work(done), cycle=done, cycles=total, losses="")
             try:
                 yield
             finally:

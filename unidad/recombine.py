@@ -5,7 +5,8 @@ thousands of pictures of the same domain. Four steps, none of which learns anyth
 
 1. Each drawing is taken apart into colours and how much of each is in every pixel (drawing.py).
 2. Colours of two pictures that cover the same places play the same part ("hair"), so one can be given the other's colour.
-3. Two pictures in the same colours differ in shapes alone: each connected region where they do is a part that can be exchanged.
+3. Two pictures in the same colours differ in shapes alone: each connected region where they do is a part that can be exchanged, and in
+   large ones, where several things touch (a beard, hair at the back, clothes), each place in which one colour takes another's.
 4. A new picture is a walk: in random parts, the piece of a random picture that agrees with what is around takes the place of what is there.
 
 It suits drawings that share a layout. Photos have no flat colours and are left alone.
@@ -34,6 +35,9 @@ SAME_PART = 0.3  # overlap (intersection over union) of colours that play the sa
 DIFFER = 30  # levels in the worst channel by which pixels differ that belong to a part
 TINY = 0.0005  # of a picture that a part covers at the least
 SEAM = 20.0  # how much two pictures may differ on a part's border, on average, in levels
+SEVERAL = 0.2  # of a picture that a part covers in which several things may touch
+PIECE = 0.005  # of a picture that a piece of such a part covers at the least
+LOOSE = 40.0  # SEAM for such a piece, whose border runs through the part
 FINE = 128  # pixels a side at which drawings are taken apart, where they are so large
 STEPS = 60  # of the walk
 ENOUGH = 256  # pixels of a part to judge by
@@ -41,14 +45,15 @@ ENOUGH = 256  # pixels of a part to judge by
 
 @dataclass(frozen=True)
 class Region:
-    """A part's place, as flat indices: pixels inside it that are not alike in all pictures, some on its border, some inside; and the share of
-    the latter in which two pictures are alike, [N, N].
+    """A part's place, as flat indices: pixels inside it that are not alike in all pictures, some on its border, some inside; the share of
+    the latter in which two pictures are alike, [N, N]; and how much two may differ on its border.
     """
 
     inside: NDArray[np.int64]
     border: NDArray[np.int64]
     sample: NDArray[np.int64]
     alike: Array
+    seam: float = SEAM
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,18 @@ class Drawings:
     @cached_property
     def same(self) -> dict[tuple[int, int, int], int]:
         """(i, j, k) -> l: colour l of picture j plays the part that colour k plays in picture i."""
+        return {(i, j, k): played[j] for (i, k), played in self._roles.items() for j in played if j != i}
+
+    @cached_property
+    def _roles(self) -> dict[tuple[int, int], dict[int, int]]:
+        """(i, k) -> which colour, in each picture that has one, plays the part that colour k plays in picture i."""
         role = {(i, k): {i: k} for i, drawing in enumerate(self.drawings) for k in drawing.parts}
         for overlap, one, other in sorted(self._overlaps(), reverse=True):
             a, b = role[one], role[other]
             if overlap >= SAME_PART and not a.keys() & b.keys():  # a picture has one colour for each part
                 a |= b
                 role |= dict.fromkeys(b.items(), a)
-        return {(i, j, k): played[j] for (i, k), played in role.items() for j in played if j != i}
+        return role
 
     def _overlaps(self) -> list[tuple[float, tuple[int, int], tuple[int, int]]]:
         """Intersection over union of any two pictures' colours, with their shades: (overlap, (i, k), (j, l)), i < j."""
@@ -128,7 +138,7 @@ class Drawings:
         """Which picture each pixel is from, [H * W], after one step in a region: of the pieces that fit and the one that is there, one at
         random, less likely the more alike others are.
         """
-        fits = np.flatnonzero(self._differ[region.border, where[region.border]].mean(0) < SEAM)
+        fits = np.flatnonzero(self._differ[region.border, where[region.border]].mean(0) < region.seam)
         there = (self._differ[region.sample, where[region.sample]][:, fits] <= DIFFER).mean(0)
         alike = np.ones((len(fits) + 1, len(fits) + 1))
         alike[1:, 1:], alike[0, 1:], alike[1:, 0] = region.alike[np.ix_(fits, fits)], there, there
@@ -155,21 +165,50 @@ class Drawings:
         return np.ascontiguousarray((most + most.transpose(1, 0, 2)).transpose(2, 0, 1))
 
     @cached_property
+    def _shown(self) -> NDArray[np.int64]:
+        """[N, H, W]: what each pixel mostly shows: a number for each part that colours play, and one for every other colour of a picture."""
+        numbers: dict[object, int] = {}
+        shown = []
+        for i, drawing in enumerate(self.drawings):
+            names = []
+            for k in range(drawing.weights.shape[-1]):
+                base = drawing.shades.get(k, (k, 1.0))[0]
+                played = self._roles.get((i, base))
+                name = (i, base) if played is None else min(played.items())
+                names.append(numbers.setdefault(name, len(numbers)))
+            shown.append(np.array(names)[drawing.weights.argmax(-1)])
+        return np.stack(shown)
+
+    @cached_property
     def _regions(self) -> list[Region]:
-        """Where any two pictures differ: each connected region, together with those that touch its mirror image."""
+        """Where any two pictures differ: each connected region, together with those that touch its mirror image; of large ones the pieces
+        too in which one part takes the place of one other.
+        """
         height, width, _ = self.drawings[0].pixels.shape
-        found: dict[bytes, Mask] = {}
+        found: dict[bytes, tuple[Mask, float]] = {}
         for a in range(len(self.drawings)):
             for b in range(a + 1, len(self.drawings)):
                 differ = (self._differ[:, a, b] > DIFFER).reshape(height, width)
-                found |= {mask.tobytes(): mask for mask in connected(differ) if mask.sum() >= max(4, TINY * mask.size)}
-        return [self._region(mask) for mask in found.values() if not wider(mask).all()]  # all of a picture has no border to fit
+                for mask in connected(differ):
+                    if wider(mask).all():  # all of a picture has no border to fit
+                        continue
+                    found[mask.tobytes()] = mask, SEAM
+                    if mask.sum() > SEVERAL * mask.size:
+                        found |= {piece.tobytes(): (piece, LOOSE) for piece in self._pieces(mask, a, b)}
+        return [self._region(mask, seam) for mask, seam in found.values() if mask.sum() >= max(4, TINY * mask.size)]
 
-    def _region(self, mask: Mask) -> Region:
+    def _pieces(self, mask: Mask, a: int, b: int) -> list[Mask]:
+        """The connected pieces of a region in which one part takes the place of one other between pictures a and b."""
+        low, high = np.minimum(self._shown[a], self._shown[b]), np.maximum(self._shown[a], self._shown[b])
+        change = low * (int(self._shown.max()) + 1) + high
+        pieces = [piece for kind in np.unique(change[mask]) for piece in connected(mask & (change == kind))]
+        return [piece for piece in pieces if piece.sum() >= PIECE * piece.size]
+
+    def _region(self, mask: Mask, seam: float = SEAM) -> Region:
         inside, border = np.flatnonzero(wider(mask)), np.flatnonzero(wider(wider(mask)) & ~mask)
         varied = inside[(self._differ[inside] > DIFFER).any((1, 2))]
         sample = thinned(varied)
-        return Region(varied, thinned(border), sample, (self._differ[sample] <= DIFFER).mean(0))
+        return Region(varied, thinned(border), sample, (self._differ[sample] <= DIFFER).mean(0), seam)
 
 
 def thinned(places: NDArray[np.int64]) -> NDArray[np.int64]:

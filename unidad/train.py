@@ -117,7 +117,7 @@ class Trainer:
         started = time.monotonic() - self.place.seconds
         session = time.monotonic()
         limit = s.max_minutes and s.max_minutes + self.place.seconds / 60
-        with passing_on(self._ask), self.log.progress(self.place.cycle, s.cycles, limit):
+        with passing_on(self._ask), self.log.progress(self.place.cycle, s.cycles, limit, self.method.work):
             if s.sample_every and self.place.cycle == 0:
                 self._sample()
             while self.place.cycle < last:
@@ -293,7 +293,7 @@ class Trainer:
             self.write_log()
         if s.save_every and cycle % s.save_every == 0 and cycle < s.cycles:
             self.save()
-        if s.sample_every and cycle % s.sample_every == 0:
+        if s.sample_every and cycle % s.sample_every == 0 and cycle > self._span(self.method.product)[0]:
             self._sample()
 
     def write_log(self) -> None:
