@@ -98,14 +98,14 @@ METHODS: dict[str, Row] = {
 MAIN = ("source-50", "ft-50", "ft-25", "ft-dmd2", "dmd2-ft", "uni-dad")
 
 # --short: every method as long as `make demo`, for each preset. The target teacher of Uni-DAD, that of FT-DMD2 and FT itself learn
-# alike (400 updates, 3e-4), and the two distillations have 250 updates of the student.
-_PLAIN: dict[str, Any] = {"denoising_law": "quadratic", "cutmix_above": 1.0}
-_SHORT = _PLAIN | {"target_warmup": 400, "target_cycles": 400, "lr_target": 3e-4, "cycles": 650}
+# alike (400 updates, 8e-4, a thousand recombined pictures), and the two distillations have 250 updates of the student.
+_PLAIN: dict[str, Any] = {"denoising_law": "quadratic", "cutmix_above": 1.0, "recombine": 1000, "target_epochs": 240}
+_SHORT = _PLAIN | {"target_warmup": 400, "target_cycles": 400, "lr_target": 8e-4, "cycles": 650}
 SHORT: dict[str, dict[str, Any]] = {
     "avatars": _SHORT,
     "avatars-adapt-then-distill": _SHORT,
-    "avatars-finetune": _PLAIN | {"cycles": 400, "lr": 3e-4},
-    "avatars-distill-then-adapt": {"cycles": 400},
+    "avatars-finetune": _PLAIN | {"cycles": 400, "lr": 8e-4},
+    "avatars-distill-then-adapt": {"cycles": 400, "recombine": 1000},
 }
 
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from unidad.adapt import build_method, train
+from unidad.adapt import build_method, train, within_epochs
 from unidad.backbones.load import bundled_names, bundled_path, load_model
 from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet, load_folder
 from unidad.drawing import Drawing, nearest_weights
 from unidad.ingredients import gather
-from unidad.recombine import FEW, FINE, Drawings, Region, connected, thinned, with_more
+from unidad.recombine import FEW, FINE, LOOSE, SEAM, Drawings, Region, connected, thinned, with_more
 
 SIDE = 24
 INKS = {"sky": ((200, 220, 250), (250, 210, 120), (100, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
@@ -292,3 +292,40 @@ def test_a_run_goes_on_to_the_same_bits_and_its_report_shows_them(source, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
     page = (whole.path / "report.html").read_text(encoding="utf-8")
     assert "5 more" in page
+
+
+def test_a_large_region_is_exchanged_in_pieces_too():
+    """A beard and clothes that touch are one region in which two pictures differ, and two kinds of change."""
+    sky, beard, shirt = (np.array(c, float) for c in ((200, 220, 250), (90, 30, 20), (30, 120, 60)))
+    plain = np.tile(sky, (SIDE, SIDE, 1))
+    both = plain.copy()
+    both[4:12, 4:20], both[12:20, 4:20] = beard, shirt
+    drawings = Drawings(as_set([plain, both]).pixels)
+    whole, *pieces = sorted(drawings._regions, key=lambda region: -len(region.inside))
+    assert (whole.seam, {piece.seam for piece in pieces}) == (SEAM, {LOOSE})
+    rows = sorted((int(piece.inside.min()) // SIDE, int(piece.inside.max()) // SIDE) for piece in pieces)
+    assert rows == [(4, 12), (11, 19)]  # each with the pixels that touch it and are not alike
+    small = Drawings(as_set([plain, np.where(np.arange(SIDE)[:, None, None] < 8, both, plain)]).pixels)
+    assert {region.seam for region in small._regions} == {SEAM}
+
+
+@pytest.mark.parametrize(
+    ("given", "pictures", "found"),
+    [
+        ({}, 10, (60, 60, 100)),
+        ({"target_epochs": 40}, 10, (50, 50, 90)),  # 400 pictures, 8 an update; the student's 40 stay
+        ({"target_epochs": 40}, 2010, (60, 60, 100)),
+        ({"target_epochs": 1}, 2, (1, 1, 41)),
+        ({"target_epochs": 40, "accumulation": 2}, 10, (25, 25, 65)),
+        ({"target_epochs": 40, "target_warmup": 20}, 10, (20, 50, 100)),
+        ({"target_epochs": 40, "target_warmup": 0, "target_cycles": 0}, 10, (0, 50, 100)),
+        ({"target_epochs": 40, "target_teacher": "folder"}, 10, (60, 60, 100)),
+        ({"target_epochs": 40, "method": "finetune"}, 10, (60, 60, 50)),
+        ({"target_epochs": 40, "method": "distill-then-adapt", "student_init": "bundled:avatars-3step"}, 10, (60, 60, 100)),
+    ],
+)
+def test_few_pictures_are_not_learnt_from_for_long(given, pictures, found):
+    usual = {"batch_size": 8, "target_warmup": 60, "target_cycles": 60, "cycles": 100}
+    settings = within_epochs(build_settings(TrainSettings, usual | given), pictures)
+    assert (settings.target_warmup, settings.target_cycles, settings.cycles) == found
+    assert within_epochs(settings, pictures) == settings

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,28 @@ def build_method(settings: TrainSettings, parts: Ingredients, device: torch.devi
     )
 
 
+def within_epochs(settings: TrainSettings, pictures: int) -> TrainSettings:
+    """The settings with no more updates of a target teacher, or of the one network of finetune, than `target_epochs` allows on so many
+    pictures; a student has as many as before.
+    """
+    most, alone = (
+        max(1, settings.target_epochs * pictures // (settings.batch_size * settings.accumulation)),
+        settings.method == "finetune",
+    )
+    learns = alone or (settings.method != "distill-then-adapt" and settings.target_teacher == "online")
+    if not (settings.target_epochs and learns) or most >= taught_cycles(settings):
+        return settings
+    if alone:
+        return replace(settings, cycles=most)
+    warmup = min(settings.target_warmup, most)
+    return replace(settings, target_warmup=warmup, target_cycles=most, cycles=settings.cycles - settings.target_warmup + warmup)
+
+
+def taught_cycles(settings: TrainSettings) -> int:
+    """For how many cycles the target teacher learns, or the one network of finetune."""
+    return settings.cycles if settings.method == "finetune" else settings.target_cycles or settings.cycles
+
+
 def network_rates(settings: TrainSettings) -> dict[str, float]:
     """Learning rates of the networks that have their own; 0 where that is `lr`."""
     return {
@@ -111,8 +134,7 @@ def train(
         Stopped: after SIGINT or SIGTERM; the run is saved.
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is whole.
     """
-    settings = settings or TrainSettings()
-    parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
+    settings, parts = _gathered(settings or TrainSettings(), target)
     device = checked_device(settings)
     accelerator = make_accelerator(settings, RunFolder(Path(out)))
     device = accelerator.device if accelerator.num_processes > 1 else device
@@ -146,6 +168,18 @@ def train(
             )
             finish(run, product, parts, settings, target, trainer.place.cycle)
     return run
+
+
+def _gathered(settings: TrainSettings, target: str | Path) -> tuple[TrainSettings, Ingredients]:
+    """Models and pictures, and the settings as these pictures allow."""
+    parts = gather_text(settings, target) if is_text_to_image(settings.source) else gather(settings, target)
+    allowed = within_epochs(settings, len(parts.pictures.learnt_from))
+    if allowed != settings:
+        parts.pictures.notes.append(
+            f"So few target pictures are learnt from in {taught_cycles(allowed)} cycles instead of {taught_cycles(settings)}, so as not to "
+            "be learnt by heart; target_epochs=0 takes all."
+        )
+    return allowed, parts
 
 
 def _restored(trainer: Trainer, resume: bool) -> bool:

@@ -107,6 +107,7 @@ class TrainSettings(LoopSettings):
     lr_target: float = 0.0  # of the target teacher; 0: lr
     target_warmup: int = 0  # of the cycles, so many first ones train the target teacher alone
     target_cycles: int = 0  # of the cycles, so many first ones train the target teacher, which is frozen then; 0: all
+    target_epochs: int = 0  # the target teacher learns no longer than until it has seen every picture so often; 0: no such limit
     transfer: float = 0.0  # of the target teacher's change of weights, added to the student's where it begins to learn
 
 
@@ -186,7 +187,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "anchor_batch": (0, 65536),
     "fake_updates": (1, 10**6),
     "target_warmup": (0, 10**9 - 1),
-    "target_cycles": (0, 10**9),
+    **dict.fromkeys(("target_cycles", "target_epochs"), (0, 10**9)),
     "transfer": (0, 2),
     "augment_target": (0, 1),
     "cutmix_above": (0, 1),

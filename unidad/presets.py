@@ -36,16 +36,26 @@ _AVATARS: dict[str, Any] = {
     "ema": 0.99,
 }
 
-# Within ten minutes where the CPU has no bf16.
-_DEMO: dict[str, Any] = {"target_warmup": 400, "target_cycles": 400, "lr_target": 3e-4}
+# Within ten minutes where the CPU has no bf16. Photos, of which no more can be made, are learnt from for a shorter time.
+_DEMO: dict[str, Any] = {
+    "recombine": 1000,
+    "target_warmup": 400,
+    "target_cycles": 400,
+    "target_epochs": 240,
+    "lr_target": 8e-4,
+}
 
-# Under an hour: a target teacher that learns three times as long, mostly at little noise, and at much noise from composites.
+# Under an hour: a target teacher that learns long, mostly at little noise, from recombined pictures; at much noise from composites where
+# there are none.
 _LONG: dict[str, Any] = {
+    "recombine": 2000,
     "denoising_law": "detail",
     "cutmix_above": 0.5,
-    "target_warmup": 1200,
-    "target_cycles": 1200,
-    "cycles": 2050,
+    "target_warmup": 6000,
+    "target_cycles": 6000,
+    "target_epochs": 480,
+    "lr_target": 8e-4,
+    "cycles": 7100,
 }
 
 # METHOD §7: the paper's few-shot track at FFHQ 256.
@@ -98,6 +108,8 @@ DISTILL: dict[str, Any] = {
     "augment": "none",
     "target_warmup": 0,
     "target_cycles": 0,
+    "target_epochs": 0,
+    "recombine": 0,
     "transfer": 0.0,
 }
 
@@ -109,17 +121,19 @@ _RIVALS: dict[str, dict[str, Any]] = {
     "avatars-finetune": {
         "source": "bundled:avatars",
         "method": "finetune",
+        "recombine": 2000,
         "denoising": "v",
         "denoising_law": "detail",
         "cutmix_above": 0.5,
         "hflip_check": True,
         "batch_size": 8,
-        "lr": 2e-4,
+        "target_epochs": 480,
+        "lr": 8e-4,
         "lr_decay": "cosine",
         "beta2": 0.99,
         "warmup": 20,
         "ema": 0.99,
-        "cycles": 1200,
+        "cycles": 6000,
     },
     "avatars-distill": _AVATARS | DISTILL | {"anchor_batch": 32, "cycles": 3000, "hflip": False},
     "avatars-adapt-then-distill": _AVATARS | _LONG | TWO_STAGE | {"method": "adapt-then-distill", "a": 1.0},
@@ -128,6 +142,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "student_init": "bundled:avatars-3step",
         "grid": "fine",
         "method": "distill-then-adapt",
+        "recombine": 2000,
         "denoising": "v",
         "denoising_law": "quadratic",
         "hflip_check": True,
@@ -142,7 +157,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     **_RIVALS,
-    "avatars": _AVATARS | _LONG | {"sample_every": 100, "save_every": 100},
+    "avatars": _AVATARS | _LONG | {"sample_every": 100, "save_every": 200},
     "avatars-demo": _AVATARS | _DEMO | {"cycles": 650, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
     "fsig-far": _FSIG | {"a": 0.75},

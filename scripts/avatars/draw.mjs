@@ -2,7 +2,7 @@
 // name a picture for ever. It makes the source domain, the four targets and their held-out pictures.
 //
 //   npm ci
-//   node draw.mjs --domain source --count 30000 --prefix train --out ../../data/source
+//   node draw.mjs --domain source --count 56000 --prefix train --out ../../data/source
 //   node draw.mjs --domain toonHead --count 2000 --prefix heldout --out ../../data/heldout/toonHead
 //   node draw.mjs --domain toonHead --count 10 --prefix target --out ../../unidad/assets/targets/toonHead
 //   node draw.mjs --domain source --count 8000 --captions --out ../../data/told    # what each shows, in metadata.jsonl
