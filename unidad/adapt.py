@@ -83,14 +83,10 @@ def within_epochs(settings: TrainSettings, pictures: int) -> TrainSettings:
     """The settings with no more updates of a target teacher, or of the one network of finetune, than `target_epochs` allows on so many
     pictures; a student has as many as before.
     """
-    most, alone = (
-        max(1, settings.target_epochs * pictures // (settings.batch_size * settings.accumulation)),
-        settings.method == "finetune",
-    )
-    learns = alone or (settings.method != "distill-then-adapt" and settings.target_teacher == "online")
-    if not (settings.target_epochs and learns) or most >= taught_cycles(settings):
+    most = max(1, settings.target_epochs * pictures // (settings.batch_size * settings.accumulation))
+    if not settings.target_epochs or most >= taught_cycles(settings):
         return settings
-    if alone:
+    if settings.method == "finetune":
         return replace(settings, cycles=most)
     warmup = min(settings.target_warmup, most)
     return replace(settings, target_warmup=warmup, target_cycles=most, cycles=settings.cycles - settings.target_warmup + warmup)
@@ -98,7 +94,11 @@ def within_epochs(settings: TrainSettings, pictures: int) -> TrainSettings:
 
 def taught_cycles(settings: TrainSettings) -> int:
     """For how many cycles the target teacher learns, or the one network of finetune."""
-    return settings.cycles if settings.method == "finetune" else settings.target_cycles or settings.cycles
+    if settings.method in ("finetune", "adapt-then-distill"):
+        return settings.cycles if settings.method == "finetune" else settings.target_warmup
+    if settings.method == "distill-then-adapt" or settings.target_teacher != "online" or settings.a == 0 or settings.dmd_weight == 0:
+        return 0
+    return settings.target_cycles or settings.cycles
 
 
 def network_rates(settings: TrainSettings) -> dict[str, float]:
