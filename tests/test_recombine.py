@@ -321,7 +321,11 @@ def test_a_large_region_is_exchanged_in_pieces_too():
         ({"target_epochs": 40, "target_warmup": 0, "target_cycles": 0}, 10, (0, 50, 100)),
         ({"target_epochs": 40, "target_teacher": "folder"}, 10, (60, 60, 100)),
         ({"target_epochs": 40, "a": 0.0, "target_warmup": 0, "target_cycles": 0}, 10, (0, 0, 100)),
-        ({"target_epochs": 40, "method": "adapt-then-distill", "target_warmup": 40, "target_cycles": 0, "a": 1.0}, 10, (40, 0, 100)),
+        (
+            {"target_epochs": 40, "method": "adapt-then-distill", "target_warmup": 40, "target_cycles": 0, "a": 1.0},
+            10,
+            (40, 0, 100),
+        ),
         ({"target_epochs": 40, "method": "adapt-then-distill", "a": 1.0}, 10, (50, 50, 90)),
         ({"target_epochs": 40, "method": "finetune"}, 10, (60, 60, 50)),
         ({"target_epochs": 40, "method": "distill-then-adapt", "student_init": "bundled:avatars-3step"}, 10, (60, 60, 100)),

@@ -94,11 +94,12 @@ def within_epochs(settings: TrainSettings, pictures: int) -> TrainSettings:
 
 def taught_cycles(settings: TrainSettings) -> int:
     """For how many cycles the target teacher learns, or the one network of finetune."""
-    if settings.method in ("finetune", "adapt-then-distill"):
-        return settings.cycles if settings.method == "finetune" else settings.target_warmup
-    if settings.method == "distill-then-adapt" or settings.target_teacher != "online" or settings.a == 0 or settings.dmd_weight == 0:
-        return 0
-    return settings.target_cycles or settings.cycles
+    if settings.method == "finetune":
+        return settings.cycles
+    if settings.method == "adapt-then-distill":
+        return settings.target_warmup
+    learns = settings.method == "uni-dad" and settings.target_teacher == "online" and settings.a > 0 and settings.dmd_weight > 0
+    return (settings.target_cycles or settings.cycles) if learns else 0
 
 
 def network_rates(settings: TrainSettings) -> dict[str, float]:
