@@ -25,7 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the long preset on toonHead and bottts; draws held-out pictures first (needs node and npm); 90 minutes on a CPU
+bench: $(READY)  ## the long preset on toonHead and bottts; draws held-out pictures first (needs node and npm); two hours on two CPU cores
 	$(BIN)/python benchmarks/avatarshift.py
 
 soak: $(READY)  ## the long tests: random kills and whatever else takes minutes
