@@ -134,7 +134,7 @@ class Log:
         )
         with Progress(*columns, console=self.console, speed_estimate_period=60) as progress:
             self._progress = progress
-            self._task = progress.add_task("", total=work(total), completed=work(done), cycle=done, cycles=total, losses="")
+            self._task = progress.add_task("", total=work(total), completed=int(work(done)), cycle=done, cycles=total, losses="")
             try:
                 yield
             finally:
