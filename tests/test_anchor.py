@@ -33,19 +33,23 @@ def test_the_anchor_is_the_students_own_denoising_loss_at_its_last_step():
     ("a", "teacher", "other"), [(0.75, "target_teacher", "source_teacher"), (0.0, "source_teacher", "target_teacher")]
 )
 def test_the_anchor_to_a_teacher_asks_for_the_end_of_its_ddim(a, teacher, other):
-    """The target teacher's if it has a weight; x at each of the student's timesteps, two evaluations between them."""
+    """The target teacher's if it has a weight: from noise, and from where the student itself stands at its last step, noised anew."""
     method = tiny.unidad(a=a, anchor_weight=2.0, anchor="teacher", anchor_steps=2, anchor_pool=8, gan_weight=0.0, denoising="v")
     state = method.generator.get_state()
     pool = method.trajectories(3)
-    assert pool.shape == (3, 3, *tiny.SHAPE)
+    assert pool.shape == (3, 2, 2, *tiny.SHAPE)
     method.generator.set_state(state)
-    noise = torch.randn((3, *tiny.SHAPE), generator=method.generator)
-    network = method.networks[teacher]
-    path = [999, 749, 499, 125]
-    assert torch.equal(pool[:, 0], noise)
-    states = list(ddim_states(network, noise, path, order=2))
-    assert torch.equal(pool[:, 1], states[2][0])
-    assert torch.equal(pool[:, 2], states[-1][1])
+    noise, first, second = (torch.randn((3, *tiny.SHAPE), generator=method.generator) for _ in range(3))
+    network, student = method.networks[teacher], method.student
+    assert torch.equal(pool[:, 0, 0], noise)
+    *_, end = ddim_states(network, noise, [999, 749, 499, 125], order=2)
+    assert torch.equal(pool[:, 0, 1], end[1])
+    with torch.no_grad():
+        one = student.x0(first, torch.full((3,), 999))
+    own = student.schedule.add_noise(one, second, torch.full((3,), 499))
+    assert torch.equal(pool[:, 1, 0], own)
+    *_, end = ddim_states(network, own, [499, 125], order=2)
+    assert torch.equal(pool[:, 1, 1], end[1])
 
     student = tiny.phase(method, "student")
     assert not student.needs_data
@@ -64,6 +68,23 @@ def test_the_anchor_to_a_teacher_is_zero_for_a_student_that_ends_where_the_teach
     assert method.anchor(torch.empty(0)).item() == pytest.approx(0.0, abs=1e-6)
     method.student = tiny.GaussianBackbone(0.5, 0.0)
     assert method.anchor(torch.empty(0)).item() > 1e-6
+
+
+def test_the_anchor_by_size():
+    """`anchor_huber` reaches the loss: the same errors, by the square and by their size."""
+    square, huber = (
+        tiny.unidad(anchor_weight=1.0, anchor="teacher", anchor_pool=8, denoising="v", anchor_huber=c) for c in (0.0, 1e-6)
+    )
+    assert torch.equal(square.trajectories(8), huber.trajectories(8))
+    for method in (square, huber):
+        method._pool.use()
+        method.generator.manual_seed(5)
+    x_t, t, clean = square._from_pool(2)
+    _, sigma = square.student.schedule.alpha_sigma(t, 4)
+    error = ((square.student.x0(x_t, t) - clean) / sigma).detach()
+    for method, value in ((square, error.square().mean()), (huber, error.abs().mean())):
+        method.generator.manual_seed(5)
+        assert method.anchor(torch.empty(0)).item() == pytest.approx(value.item(), rel=1e-3)
 
 
 def test_the_pool_of_the_anchor_is_renewed_an_eighth_at_a_time():

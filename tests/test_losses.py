@@ -157,6 +157,26 @@ def test_edm_weighting():
     assert denoising_loss(x, x + 2, alpha, sigma, "edm", sigma_data=1.0).item() == pytest.approx(4 * 1.5625, rel=1e-6)
 
 
+def test_huber_counts_large_errors_by_their_size_and_small_ones_by_their_square():
+    """sqrt(e + c^2) - c of the v-error: slope e / sqrt(e^2 + c^2) in v, e^2 / 2c for small e; the median, not the mean, is its minimum."""
+    clean, alpha, sigma = torch.zeros(1, 1, 1, 2), torch.tensor(0.6), torch.tensor(0.8)
+    xhat = torch.tensor([[[[4.0, 0.001]]]], requires_grad=True)
+    loss = denoising_loss(clean, xhat, alpha, sigma, "v", huber=0.1)
+    v = xhat.detach() / 0.8  # (alpha / sigma)^2 + 1 = 1 / sigma^2
+    assert loss.item() == pytest.approx((((v**2 + 0.01).sqrt() - 0.1).mean()).item(), rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(xhat.grad, v / (v**2 + 0.01).sqrt() / 0.8 / 2)
+    guess = torch.tensor(0.7, requires_grad=True)
+    for kind, best in ((0.0, 1 / 3), (0.01, 0.0)):  # of 0, 0 and 1
+        xs = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1, 1)
+        optimizer = torch.optim.Adam([guess], lr=0.01)
+        for _ in range(400):
+            optimizer.zero_grad()
+            denoising_loss(xs, guess.expand_as(xs), alpha, sigma, "v", huber=kind).backward()
+            optimizer.step()
+        assert guess.item() == pytest.approx(best, abs=0.03)
+
+
 def test_unknown_losses_are_refused():
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="denoising"):

@@ -193,10 +193,11 @@ def test_counted_flops_are_those_of_bench(sources):
     assert 4.8 < planning.phase_costs(s)["student"].flops / forward < 5
 
 
-def test_a_phase_counts_in_its_own_cycles_and_the_anchors_trajectories_apart(sources):
-    """Of 60 cycles the target teacher has the first 20 and the student the others; the pool of 16 is renewed by 2 every 16 of its uses."""
+@pytest.mark.parametrize(("steps", "evaluations"), [(1, 4), (2, 2 * 4 + 1 + 4)])
+def test_a_phase_counts_in_its_own_cycles_and_the_anchors_trajectories_apart(sources, steps, evaluations):
+    """Four evaluations after each step; with two, also the student's first step and four after its noised result. Of 60 cycles the target teacher has the first 20 and the student the others; the pool of 16 is renewed by 2 every 16 of its uses."""
     first = {"cycles": 60, "target_warmup": 20, "target_cycles": 20, "cutmix_above": 0.5}
-    alone = {"a": 1.0, "gan_weight": 0.0, "disc_weight": 0.0, "fake_updates": 1, "steps": 1}
+    alone = {"a": 1.0, "gan_weight": 0.0, "disc_weight": 0.0, "fake_updates": 1, "steps": steps}
     anchored = {"anchor": "teacher", "anchor_weight": 1.0, "anchor_pool": 16, "anchor_steps": 4}
     s = settings(sources, "tiny", **first, **alone, **anchored)
     costs = planning.phase_costs(s)
@@ -205,7 +206,7 @@ def test_a_phase_counts_in_its_own_cycles_and_the_anchors_trajectories_apart(sou
     drawn = 16 + 2 + 2  # the whole pool, and at the 17th and the 33rd use
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         load_model(s.source).backbone.x0(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
-    assert costs["trajectories"].flops * 40 == pytest.approx(drawn * 4 * counter.get_total_flops(), rel=0.01)
+    assert costs["trajectories"].flops * 40 == pytest.approx(drawn * evaluations * counter.get_total_flops(), rel=0.01)
 
 
 def gradients(s):

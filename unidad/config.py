@@ -88,6 +88,7 @@ class TrainSettings(LoopSettings):
     features: str = "stage"  # stage | layer
     anchor_weight: float = 0.0  # of the student's own denoising loss; 0 in the paper
     anchor: str = "pictures"  # from noised target pictures back to them | teacher: from its DDIM at each step to where that ends
+    anchor_huber: float = 0.0  # of the anchor's errors, those far above this count by size, not by square; 0: all by square
     anchor_steps: int = 4  # of that DDIM, for each of the student's
     anchor_pool: int = 256  # trajectories of it kept, an eighth renewed every 16 cycles
     anchor_batch: int = 0  # pictures from them in each student update; 0: batch_size
@@ -178,10 +179,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "a": (0, 1),
     "guidance": (1, 100),
     "lora_rank": (0, 4096),
-    "dmd_weight": (0, 1e6),
-    "gan_weight": (0, 1e6),
-    "disc_weight": (0, 1e6),
-    "anchor_weight": (0, 1e6),
+    **dict.fromkeys(("dmd_weight", "gan_weight", "disc_weight", "anchor_weight"), (0, 1e6)),
+    "anchor_huber": (0, 1e6),
     "anchor_steps": (1, 300),
     "anchor_pool": (8, 10**6),
     "anchor_batch": (0, 65536),

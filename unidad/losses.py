@@ -54,6 +54,7 @@ def denoising_loss(
     kind: str = "epsilon",
     sigma_data: float = 0.5,
     mask: Tensor | None = None,
+    huber: float = 0.0,
 ) -> Tensor:
     """Weighted mean of (xhat - x)^2 (METHOD §6).
 
@@ -62,6 +63,8 @@ def denoising_loss(
         kind: "epsilon" (the eps-MSE), "v" (the v-MSE), "edm" (s^-2 + sigma_data^-2 with s = sigma / alpha).
         mask: [B, 1, H, W] in [0, 1], no sample's all 0: each sample's mean is then weighted by it, so that a small subject counts as
             much as a large one; None counts every place.
+        huber: c > 0 takes sqrt(e + c^2) - c of each weighted square e (pseudo-Huber, as in arXiv 2310.14189, but pixel by pixel): errors
+            far above c count by their size, so that small ones still pull, and the best guess between two is one of them, not the mean.
 
     Raises:
         ValueError: for an unknown kind.
@@ -76,6 +79,7 @@ def denoising_loss(
     else:
         raise ValueError(f"the denoising loss must be one of {', '.join(DENOISING_LOSSES)}, not {kind!r}")
     error = weight * (xhat.float() - x.float()) ** 2
+    error = (error + huber**2).sqrt() - huber if huber else error
     if mask is None:
         return error.mean()
     over = (1, 2, 3)

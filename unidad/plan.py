@@ -208,8 +208,8 @@ def _fake_method(settings: TrainSettings) -> Iterator[Method]:
                 continue
             network.to_empty(device="cpu")  # fake: where the numbers would be does not change how many there are
         if isinstance(method, UniDAD) and (pool := method.anchor_pool()) is not None:
-            states, shape = len(method.student_steps) + 1, method.student.shape
-            pool.draw = lambda n: torch.zeros(n, states, *shape)  # what is kept of the teacher's passes
+            states, shape = len(method.student_steps), method.student.shape
+            pool.draw = lambda n: torch.zeros(n, states, 2, *shape)  # what is kept of the teacher's passes
         yield method
 
 

@@ -55,6 +55,8 @@ _LONG: dict[str, Any] = {
     "target_cycles": 6000,
     "target_epochs": 480,
     "lr_target": 8e-4,
+    "anchor_weight": 6.0,
+    "anchor_huber": 0.03,
     "cycles": 7100,
 }
 

@@ -20,6 +20,7 @@ class Objective:
             the last step as clean a denoiser as the model it started from, which L_DMD alone unlearns.
         anchor: "pictures" noises the target pictures to the last timestep and asks for them back; "teacher" asks, at every timestep,
             for where the target teacher's DDIM (the source teacher's if there is no other) leads, see `UniDAD.anchor`.
+        anchor_huber: c of the pseudo-Huber loss in its place, see `denoising_loss`; 0 is the square.
         anchor_steps: of that DDIM for each of the student's. anchor_pool: trajectories kept. anchor_batch: 0 is batch_size.
         fake_updates: k, fake-teacher updates per cycle.
         reuse_batch: the student's own batch serves the first of the k (METHOD §8).
@@ -44,6 +45,7 @@ class Objective:
     augment_target: float = 0.0
     anchor_weight: float = 0.0
     anchor: str = "pictures"
+    anchor_huber: float = 0.0
     anchor_steps: int = 4
     anchor_pool: int = 256
     anchor_batch: int = 0

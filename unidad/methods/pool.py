@@ -11,14 +11,14 @@ REFRESH = 16  # student updates
 
 
 class TrajectoryPool:
-    """Its oldest eighth is drawn anew every REFRESH uses, for the teacher may learn on.
+    """Its oldest eighth is drawn anew every REFRESH uses, for the student learns, and the teacher may.
 
     Args:
         size: trajectories kept.
-        draw: n -> n new ones, [n, K + 1, C, H, W].
+        draw: n -> n new ones, [n, K, 2, C, H, W].
 
     Attributes:
-        kept: [size, K + 1, C, H, W], or None before the first use.
+        kept: [size, K, 2, C, H, W], or None before the first use.
         age: how often it was used.
     """
 
@@ -28,7 +28,7 @@ class TrajectoryPool:
         self.age = 0
 
     def use(self) -> Tensor:
-        """All trajectories, [size, K + 1, C, H, W]."""
+        """All trajectories, [size, K, 2, C, H, W]."""
         if self.kept is None:
             self.kept = self.draw(self.size)
         elif self.age % REFRESH == 0:

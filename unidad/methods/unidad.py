@@ -210,8 +210,8 @@ class UniDAD(Method):
     def anchor(self, pictures: Tensor, labels: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
         """L_denoise of the student itself.
 
-        With "pictures": on real pictures [B, C, H, W] where their masks say, noised to tau_K. With "teacher": from where the teacher's DDIM stands at each
-        tau_k to where it ends (regression onto the teacher's ODE as in DMD, arXiv 2311.18828, section 4.2).
+        With "pictures": on real pictures [B, C, H, W] where their masks say, noised to tau_K. With "teacher": at each tau_k, onto where the
+        teacher's DDIM leads from there (regression onto the teacher's ODE as in DMD, arXiv 2311.18828, section 4.2), see `trajectories`.
         """
         if self.o.anchor == "teacher":
             x_t, t, clean = self._from_pool(self.o.anchor_batch or self.batch_size)
@@ -221,29 +221,42 @@ class UniDAD(Method):
             clean, t = pictures, torch.full((len(pictures),), self.student_steps[-1], device=pictures.device)
             x_t, alpha, sigma = self._noised(clean, t)
         xhat = self.student.x0(x_t, t, self._labels(len(t)) if labels is None else labels)
-        return denoising_loss(clean, xhat, alpha, sigma, self.o.denoising, mask=masks)
+        return denoising_loss(clean, xhat, alpha, sigma, self.o.denoising, mask=masks, huber=self.o.anchor_huber)
 
     def _from_pool(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         pool, draw = self._pool.use(), partial(torch.randint, generator=self.generator, device=self.generator.device)
         which, k = draw(0, len(pool), (n,)), draw(0, len(self.student_steps), (n,))
         t = torch.tensor(self.student_steps, device=k.device)[k]
-        return pool[which, k], t, pool[which, -1]
+        return pool[which, k, 0], t, pool[which, k, 1]
 
     @torch.no_grad()
     def trajectories(self, n: int) -> Tensor:
-        """n times the teacher's DDIM: x at each tau_k, and its end, [n, K + 1, C, H, W].
+        """n times, at each tau_k: x there, and where the teacher's DDIM leads from it, [n, K, 2, C, H, W].
 
+        At all but the last, x is on the teacher's own way down from noise. At tau_K > tau_1 it is the student's: so that its last step
+        learns to take away what is left by the steps before it, which a teacher's x has nothing of.
         The teacher is the target teacher if it has a weight, else the source teacher.
         """
+        return torch.cat([self._trajectories(min(32, n - start)) for start in range(0, n, 32)])
+
+    def _trajectories(self, n: int) -> Tensor:
         teacher = self.target_teacher if self.o.uses_target else self.source_teacher
         assert teacher is not None
-        per_step, done = [self.o.anchor_steps] * len(self.student_steps), []
-        for start in range(0, n, 32):
-            count = min(32, n - start)
-            with shared_draws():
-                noise = torch.randn((count, *self.student.shape), generator=self.generator, device=self.generator.device)
-            done.append(ddim_trajectory(guided(teacher, self.o.guidance), noise, self.student_steps, per_step, self._labels(count)))
-        return torch.cat(done)
+        teacher, steps, per_step = (
+            guided(teacher, self.o.guidance),
+            self.student_steps,
+            [self.o.anchor_steps] * len(self.student_steps),
+        )
+        with shared_draws():
+            start, *fresh = (batch_noise((n, *self.student.shape), self.generator)() for _ in range(len(steps) + 1))
+        path = ddim_trajectory(teacher, start, steps, per_step, self._labels(n))
+        pairs = torch.stack([path[:, :-1], path[:, -1:].expand_as(path[:, :-1])], dim=2)
+        if len(steps) > 1:
+            noise = iter(fresh).__next__
+            own = rollout(self.student, noise, steps[:-1], self._labels(n))
+            own = self.student.schedule.add_noise(own, noise(), torch.full((n,), steps[-1], device=own.device))
+            pairs[:, -1] = ddim_trajectory(teacher, own, steps[-1:], per_step[-1:], self._labels(n))
+        return pairs
 
     def _student_batch(self) -> tuple[Tensor, Tensor | None]:
         context = self._context()
