@@ -106,8 +106,10 @@ def test_the_pool_of_the_anchor_is_carried_over():
     assert other._pool.age == 1
     assert len(other._fresh) == 1
     assert [torch.equal(x, y) for x, y in zip(carried, other.carried(), strict=True)] == [True] * 3
-    other.restore([])
-    assert other._pool.kept is None
+    for left in ([], [*carried[:-2], carried[-2][:, 0], carried[-1]]):  # none, and one of an earlier form: [size, K + 1, C, H, W]
+        other.restore(left)
+        assert other._pool.kept is None
+    assert len(other._fresh) == 1
 
 
 def test_without_an_anchor_the_student_looks_at_no_picture():

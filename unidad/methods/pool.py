@@ -46,9 +46,10 @@ class TrajectoryPool:
         return [] if self.kept is None else [self.kept, torch.tensor(self.age)]
 
     def restore(self, carried: list[Tensor]) -> list[Tensor]:
-        """Take back what `carried` gave from the end of a list; returns the rest."""
+        """Take back what `carried` gave from the end of a list; returns the rest. A pool of an earlier form is left, and drawn anew."""
         self.kept = None
         if not carried or carried[-1].ndim:
             return carried
-        self.kept, self.age = carried[-2], int(carried[-1])
+        if carried[-2].ndim == 6:
+            self.kept, self.age = carried[-2], int(carried[-1])
         return carried[:-2]
