@@ -195,7 +195,10 @@ def test_counted_flops_are_those_of_bench(sources):
 
 @pytest.mark.parametrize(("steps", "evaluations"), [(1, 4), (2, 2 * 4 + 1 + 4)])
 def test_a_phase_counts_in_its_own_cycles_and_the_anchors_trajectories_apart(sources, steps, evaluations):
-    """Four evaluations after each step; with two, also the student's first step and four after its noised result. Of 60 cycles the target teacher has the first 20 and the student the others; the pool of 16 is renewed by 2 every 16 of its uses."""
+    """Of 60 cycles the target teacher has the first 20 and the student the others; the pool of 16 is renewed by 2 every 16 of its uses.
+
+    Four evaluations after each step; with two steps, also the student's first and four after what it gave was noised.
+    """
     first = {"cycles": 60, "target_warmup": 20, "target_cycles": 20, "cutmix_above": 0.5}
     alone = {"a": 1.0, "gan_weight": 0.0, "disc_weight": 0.0, "fake_updates": 1, "steps": steps}
     anchored = {"anchor": "teacher", "anchor_weight": 1.0, "anchor_pool": 16, "anchor_steps": 4}

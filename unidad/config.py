@@ -87,7 +87,7 @@ class TrainSettings(LoopSettings):
     heads: str = "multi"  # multi | single
     features: str = "stage"  # stage | layer
     anchor_weight: float = 0.0  # of the student's own denoising loss; 0 in the paper
-    anchor: str = "pictures"  # from noised target pictures back to them | teacher: from its DDIM at each step to where that ends
+    anchor: str = "pictures"  # from noised target pictures back to them | teacher: at each step to where its DDIM leads
     anchor_huber: float = 0.0  # of the anchor's errors, those far above this count by size, not by square; 0: all by square
     anchor_steps: int = 4  # of that DDIM, for each of the student's
     anchor_pool: int = 256  # trajectories of it kept, an eighth renewed every 16 cycles

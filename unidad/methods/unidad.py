@@ -242,11 +242,8 @@ class UniDAD(Method):
     def _trajectories(self, n: int) -> Tensor:
         teacher = self.target_teacher if self.o.uses_target else self.source_teacher
         assert teacher is not None
-        teacher, steps, per_step = (
-            guided(teacher, self.o.guidance),
-            self.student_steps,
-            [self.o.anchor_steps] * len(self.student_steps),
-        )
+        teacher, steps = guided(teacher, self.o.guidance), self.student_steps
+        per_step = [self.o.anchor_steps] * len(steps)
         with shared_draws():
             start, *fresh = (batch_noise((n, *self.student.shape), self.generator)() for _ in range(len(steps) + 1))
         path = ddim_trajectory(teacher, start, steps, per_step, self._labels(n))
