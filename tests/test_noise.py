@@ -104,8 +104,15 @@ def test_the_fine_grid_ends_at_little_noise():
         assert others == [998, 665]
         assert float(schedule.scales()[last]) == pytest.approx(0.1, rel=0.02)
         assert schedule.student_steps(1, "fine") == [999]
-    with pytest.raises(ValueError, match=r"no timestep with s = 0[.]1 below 1"):
+        for k, first in ((4, [998, 665]), (5, [999, 749, 499])):
+            steps = schedule.student_steps(k, "fine")
+            assert steps[:-2] == first
+            assert schedule.scales()[steps[-2:]].tolist() == pytest.approx([0.139, 0.0515], rel=0.05)
+    assert tiny.cosine().student_steps(4, "fine") == [998, 665, 80, 25]
+    with pytest.raises(ValueError, match=r"no timesteps with s = 0[.]1 below 1"):
         NoiseSchedule(torch.tensor([0.9999, 0.999, 0.995])).student_steps(3, "fine")
+    with pytest.raises(ValueError, match=r"no timesteps with s = 0[.]139 and 0[.]0515 below 1"):
+        NoiseSchedule(torch.tensor([0.9999, 0.999, 0.995, 0.99])).student_steps(4, "fine")
 
 
 @pytest.mark.parametrize("k", [0, -1, 1001])

@@ -71,7 +71,7 @@ class TrainSettings(LoopSettings):
     lora_rank: int = 0  # of an adapter for each network on one shared base; 0: whole networks are trained
     steps: int = 3  # K
     timesteps: tuple[int, ...] = ()  # of the student, falling, such as 999,399; empty: those of steps and grid
-    grid: str = "lcm"  # lcm | edm | fine (lcm with its last step at little noise)
+    grid: str = "lcm"  # lcm | edm | fine (lcm that ends at little noise)
     rollout_grad: str = "all"  # all | last | random
     a: float = 0.25  # weight of the target teacher against the source teacher
     dmd_weight: float = 1.0  # of dual-domain distribution matching; 1 in the paper

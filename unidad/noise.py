@@ -7,6 +7,7 @@ timesteps are whole numbers. No network is known here.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -16,7 +17,8 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 TIMESTEP_LAWS: tuple[str, ...] = ("uniform", "karras", "quadratic")
 STUDENT_GRIDS: tuple[str, ...] = ("lcm", "edm", "fine")
-FINE_LAST = 0.1  # sigma over alpha
+# Sigma over alpha of the grid "fine", at the last of 2 or 3 steps, and at the last two of more: t = 55, 80 and 25 on the bundled models' schedule.
+FINE_LAST, FINE_LAST_TWO = 0.1, (0.139, 0.0515)
 
 
 def to_x0(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
@@ -113,7 +115,8 @@ class NoiseSchedule:
 
         "lcm": i * (T // K) - 1, which diffusers' LCMScheduler(original_inference_steps=K) makes by itself.
         "edm": s from 80 to 0.5, evenly spaced in log s, snapped to the schedule (K = 1: s = 80).
-        "fine": "lcm", but for K > 1 the last step is where s = 0.1: noise that is still there at the last step stays as grain.
+        "fine": "lcm", but noise that is still there at the last step stays as grain, so it ends at little: of 2 or 3 steps the last is where
+            s = 0.1, of 4 and more the last two where s = 0.139 and 0.0515, after the first of one step less.
 
         Raises:
             ValueError: if K is not in 1..T, the grid is unknown, or the schedule is too coarse for K different steps.
@@ -124,16 +127,21 @@ class NoiseSchedule:
         if grid == "lcm" or (grid == "fine" and k == 1):
             return even
         if grid == "fine":
-            last = int(self.nearest_timestep(torch.tensor([FINE_LAST])))
-            if last >= even[-2]:
-                raise ValueError(f"this noise schedule has no timestep with s = {FINE_LAST} below {even[-2]}")
-            return [*even[:-1], last]
+            return self._fine(k)
         if grid != "edm":
             raise ValueError(f"the student grid must be one of {', '.join(STUDENT_GRIDS)}, not {grid!r}")
         s = torch.exp(torch.linspace(math.log(80.0), math.log(0.5), k, dtype=torch.float64))
         steps = self.nearest_timestep(s).tolist()
         if len(set(steps)) != k:
             raise ValueError(f"this noise schedule has no {k} different timesteps between s = 80 and s = 0.5")
+        return steps
+
+    def _fine(self, k: int) -> list[int]:
+        last = (FINE_LAST,) if k < 4 else FINE_LAST_TWO
+        first = self.student_steps(k - len(last) + 1)[:-1]
+        steps = [*first, *self.nearest_timestep(torch.tensor(last)).tolist()]
+        if any(early <= late for early, late in pairwise(steps)):
+            raise ValueError(f"this noise schedule has no timesteps with s = {' and '.join(map(str, last))} below {first[-1]}")
         return steps
 
     # -- laws of t for the losses, METHOD §4-§6 -----------------------------------------------------------------------
