@@ -34,6 +34,7 @@ from torch import Tensor
 
 from unidad.backbones.load import Model, bundled_names, bundled_path
 from unidad.commands import draw_from, load_product
+from unidad.config import TrainSettings
 from unidad.data import list_pictures, load_folder, picture_grid
 from unidad.device import pick_device, use_bf16
 from unidad.metrics.evaluate import evaluate
@@ -78,6 +79,7 @@ METHODS: dict[str, Row] = {
     "uni-dad": _uni_dad("uni-dad"),
     "uni-dad-k1": _uni_dad("uni-dad-k1", steps=1),
     "uni-dad-k2": _uni_dad("uni-dad-k2", steps=2),
+    "uni-dad-k3": _uni_dad("uni-dad-k3", steps=3),
     "uni-dad-k4": _uni_dad("uni-dad-k4", steps=4),
     "no-target-teacher": _uni_dad("no-target-teacher", a=0.0, target_teacher="off", **ALONE),
     "gan-only": _uni_dad("gan-only", dmd_weight=0.0, anchor_weight=0.0, **ALONE),
@@ -97,15 +99,16 @@ METHODS: dict[str, Row] = {
 
 MAIN = ("source-50", "ft-50", "ft-25", "ft-dmd2", "dmd2-ft", "uni-dad")
 
-# --short: every method as long as `make demo`, for each preset. The target teacher of Uni-DAD, that of FT-DMD2 and FT itself learn
-# alike (400 updates, 8e-4, a thousand recombined pictures), and the two distillations have 250 updates of the student.
-_PLAIN: dict[str, Any] = {"denoising_law": "quadratic", "cutmix_above": 1.0, "recombine": 1000, "target_epochs": 240}
-_SHORT = _PLAIN | {"target_warmup": 400, "target_cycles": 400, "lr_target": 8e-4, "cycles": 650}
+# --short: every method as long as `make demo`, for each preset. Uni-DAD and FT-DMD2 have the demo's value of every setting that the long preset
+# has another of; FT and the target teachers learn alike, and so do the students that are fine-tuned or distilled.
+_LONG, _DEMO = PRESETS["avatars"], PRESETS["avatars-demo"]
+_SHORT: dict[str, Any] = {name: _DEMO.get(name, getattr(TrainSettings(), name)) for name in _LONG if _LONG[name] != _DEMO.get(name)}
+_PLAIN: dict[str, Any] = {name: _SHORT[name] for name in ("denoising_law", "cutmix_above", "recombine", "target_epochs")}
 SHORT: dict[str, dict[str, Any]] = {
     "avatars": _SHORT,
     "avatars-adapt-then-distill": _SHORT,
-    "avatars-finetune": _PLAIN | {"cycles": 400, "lr": 8e-4},
-    "avatars-distill-then-adapt": {"cycles": 400, "recombine": 1000},
+    "avatars-finetune": _PLAIN | {"cycles": _SHORT["target_cycles"], "lr": _DEMO["lr_target"]},
+    "avatars-distill-then-adapt": {"cycles": 400, "recombine": _SHORT["recombine"]},
 }
 
 
