@@ -100,7 +100,7 @@ METHODS: dict[str, Row] = {
 MAIN = ("source-50", "ft-50", "ft-25", "ft-dmd2", "dmd2-ft", "uni-dad")
 
 # --short: every method as long as `make demo`, for each preset. Uni-DAD and FT-DMD2 have the demo's value of every setting that the long preset
-# has another of; FT and the target teachers learn alike, and so do the students that are fine-tuned or distilled.
+# has another of; FT learns as their target teachers do, and DMD2-FT's student is fine-tuned for as many updates.
 _LONG, _DEMO = PRESETS["avatars"], PRESETS["avatars-demo"]
 _SHORT: dict[str, Any] = {name: _DEMO.get(name, getattr(TrainSettings(), name)) for name in _LONG if _LONG[name] != _DEMO.get(name)}
 _PLAIN: dict[str, Any] = {name: _SHORT[name] for name in ("denoising_law", "cutmix_above", "recombine", "target_epochs")}
@@ -108,7 +108,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "avatars": _SHORT,
     "avatars-adapt-then-distill": _SHORT,
     "avatars-finetune": _PLAIN | {"cycles": _SHORT["target_cycles"], "lr": _DEMO["lr_target"]},
-    "avatars-distill-then-adapt": {"cycles": 400, "recombine": _SHORT["recombine"]},
+    "avatars-distill-then-adapt": {"cycles": _SHORT["target_cycles"], "recombine": _SHORT["recombine"]},
 }
 
 

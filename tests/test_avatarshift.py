@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,11 @@ def test_every_method_sees_the_same_pictures(bench):
     for short in (False, True):  # what adapts to them first learns at one rate, for as many updates
         told = {(PRESETS[preset] | (bench.SHORT[preset] if short else {}))[rate] for preset, rate in rates.items()}
         assert len(told) == 1, told
+
+
+def test_short_runs_are_as_the_demo_but_for_its_time_limit(bench):
+    short = build_settings(TrainSettings, PRESETS["avatars"], bench.SHORT["avatars"])
+    assert short == replace(build_settings(TrainSettings, PRESETS["avatars-demo"]), max_minutes=0.0)
 
 
 def test_rows_that_share_a_run_share_its_settings(bench):
