@@ -223,6 +223,8 @@ def test_a_folder_with_something_in_it_is_left_alone(run: Path, source: Path, pi
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     (tmp_path / "mine.txt").write_text("keep me")
     assert "is not empty" in refused(capsys, *base, "--out", str(tmp_path), *TINY)
+    for command, what in (("train", "--target"), ("pretrain", "--data")):  # before minutes go into pictures
+        assert "is not empty" in refused(capsys, command, what, str(tmp_path / "nowhere"), "--out", str(tmp_path))
     assert "not an empty folder" in refused(capsys, "sample", str(run), "--out", str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 

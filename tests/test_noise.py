@@ -107,8 +107,8 @@ def test_the_fine_grid_ends_at_little_noise():
         for k, first in ((4, [998, 665]), (5, [999, 749, 499])):
             steps = schedule.student_steps(k, "fine")
             assert steps[:-2] == first
-            assert schedule.scales()[steps[-2:]].tolist() == pytest.approx([0.139, 0.0515], rel=0.05)
-    assert tiny.cosine().student_steps(4, "fine") == [998, 665, 80, 25]
+            assert schedule.scales()[steps[-2:]].tolist() == pytest.approx([0.427, 0.0755], rel=0.05)
+    assert tiny.cosine().student_steps(4, "fine") == [998, 665, 250, 40]
     with pytest.raises(ValueError, match=r"no timesteps with s = 0[.]1 below 1"):
         NoiseSchedule(torch.tensor([0.9999, 0.999, 0.995])).student_steps(3, "fine")
     with pytest.raises(ValueError, match=r"no timesteps with s = 0[.]139 and 0[.]0515 below 1"):

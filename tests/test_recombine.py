@@ -16,7 +16,7 @@ from unidad.config import TrainSettings, build_settings
 from unidad.data import PictureSet, load_folder
 from unidad.drawing import Drawing, nearest_weights
 from unidad.ingredients import gather
-from unidad.recombine import FEW, FINE, LOOSE, SEAM, Drawings, Region, connected, thinned, with_more
+from unidad.recombine import FEW, FINE, LOOSE, SEAM, Drawings, Region, connected, thinned, unlike, with_more
 
 SIDE = 24
 INKS = {"sky": ((200, 220, 250), (250, 210, 120), (100, 240, 190)), "disc": ((180, 40, 30), (40, 60, 160), (90, 30, 120))}
@@ -189,7 +189,29 @@ def test_pictures_that_differ_everywhere_have_no_part_to_exchange():
     drawings.__dict__["same"] = {}  # no colour of one plays a part in the other
     assert (drawings._differ[:, 0, 1] > 0).all()
     assert drawings._regions == []
-    assert torch.equal(drawings.draw(1, 0)[0], drawings.pictures[int(np.random.default_rng(0).integers(2))])
+    assert all(torch.equal(made, drawings.pictures[0]) or torch.equal(made, drawings.pictures[1]) for made in drawings.draw(6, 0))
+
+
+def test_a_new_picture_is_no_near_copy_where_another_is_found(monkeypatch):
+    skies = [INKS["sky"][0]] * 4
+    inks = [INKS["disc"][i % 3] for i in range(4)]
+    drawings = Drawings(as_set([disc(sky, ink, ear=i == 0) for i, (sky, ink) in enumerate(zip(skies, inks, strict=True))]).pixels)
+    assert drawings._least == pytest.approx(0.5 * 12 / SIDE**2)  # the first and the last differ by the ear, of twelve pixels
+    old = [drawing.pixels for drawing in drawings.drawings]
+    tried = iter([old[2], old[0], old[1] + 100, old[1]])
+    monkeypatch.setattr(Drawings, "_one", lambda self, rng: next(tried))
+    assert np.array_equal(drawings._new(np.random.default_rng(0)), old[1] + 100)
+    copies = iter([old[0], old[1], old[2]])
+    monkeypatch.setattr(Drawings, "_one", lambda self, rng: next(copies))
+    assert np.array_equal(drawings._new(np.random.default_rng(0)), old[2])  # nothing else is found
+
+
+def test_how_unlike_two_pictures_are():
+    one = np.zeros((4, 5, 3))
+    other = one.copy()
+    other[0, :2, 1] = 31
+    other[1, 0] = 30  # not to be seen
+    assert unlike(one, other) == unlike(other, one) == pytest.approx(2 / 20)
 
 
 def test_a_rare_part_is_more_likely_than_its_share():

@@ -17,8 +17,8 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction", "sample", "flow")
 TIMESTEP_LAWS: tuple[str, ...] = ("uniform", "karras", "quadratic")
 STUDENT_GRIDS: tuple[str, ...] = ("lcm", "edm", "fine")
-# Sigma over alpha of the grid "fine", at the last of 2 or 3 steps, and at the last two of more: t = 55, 80 and 25 on the bundled models' schedule.
-FINE_LAST, FINE_LAST_TWO = 0.1, (0.139, 0.0515)
+# Sigma over alpha of the grid "fine", at the last of 2 or 3 steps, and at the last two of more: t = 55, 250 and 40 on the bundled models' schedule.
+FINE_LAST, FINE_LAST_TWO = 0.1, (0.427, 0.0755)
 
 
 def to_x0(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
@@ -116,7 +116,7 @@ class NoiseSchedule:
         "lcm": i * (T // K) - 1, which diffusers' LCMScheduler(original_inference_steps=K) makes by itself.
         "edm": s from 80 to 0.5, evenly spaced in log s, snapped to the schedule (K = 1: s = 80).
         "fine": "lcm", but noise that is still there at the last step stays as grain, so it ends at little: of 2 or 3 steps the last is where
-            s = 0.1, of 4 and more the last two where s = 0.139 and 0.0515, after the first of one step less.
+            s = 0.1, of 4 and more the last two where s = 0.427 and 0.0755, after the first of one step less.
 
         Raises:
             ValueError: if K is not in 1..T, the grid is unknown, or the schedule is too coarse for K different steps.

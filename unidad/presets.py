@@ -46,22 +46,20 @@ _DEMO: dict[str, Any] = {
 }
 
 # An hour: a target teacher that learns long, mostly at little noise, from recombined pictures; at much noise from composites where
-# there are none. A fourth step, at little noise, takes away what grain the others leave.
+# there are none. Of four steps the last two take away what the others leave.
 _LONG: dict[str, Any] = {
     "steps": 4,
-    "lr": 3e-4,
-    "lr_fake": 3e-4,
     "recombine": 2000,
     "denoising_law": "detail",
     "cutmix_above": 0.5,
-    "target_warmup": 5000,
-    "target_cycles": 5000,
+    "target_warmup": 4800,
+    "target_cycles": 4800,
     "target_epochs": 480,
-    "lr_target": 8e-4,
+    "lr_target": 1.6e-3,
     "anchor_weight": 6.0,
     "anchor_huber": 0.03,
     "anchor_batch": 32,
-    "cycles": 5750,
+    "cycles": 5550,
 }
 
 # METHOD §7: the paper's few-shot track at FFHQ 256.
@@ -134,12 +132,12 @@ _RIVALS: dict[str, dict[str, Any]] = {
         "hflip_check": True,
         "batch_size": 8,
         "target_epochs": 480,
-        "lr": 8e-4,
+        "lr": 1.6e-3,
         "lr_decay": "cosine",
         "beta2": 0.99,
         "warmup": 20,
         "ema": 0.99,
-        "cycles": 5000,
+        "cycles": 4800,
     },
     "avatars-distill": _AVATARS | DISTILL | {"anchor_batch": 32, "cycles": 3000, "hflip": False},
     "avatars-adapt-then-distill": _AVATARS | _LONG | TWO_STAGE | {"method": "adapt-then-distill", "a": 1.0},

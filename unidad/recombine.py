@@ -1,13 +1,14 @@
 """More pictures of a few flat drawings, for `recombine`: their colours and parts, put together anew.
 
 Ours, not the paper's. Ten avatars are learnt by heart long before their lines are sharp, while the colours and parts that they show make
-thousands of pictures of the same domain. Four steps, none of which learns anything:
+thousands of pictures of the same domain. Five steps, none of which learns anything:
 
 1. Each drawing is taken apart into colours and how much of each is in every pixel (drawing.py).
 2. Colours of two pictures that cover the same places play the same part ("hair"), so one can be given the other's colour.
 3. Two pictures in the same colours differ in shapes alone: each connected region where they do is a part that can be exchanged, and in
    large ones, where several things touch (a beard, hair at the back, clothes), each place in which one colour takes another's.
 4. A new picture is a walk: in random parts, the piece of a random picture that agrees with what is around takes the place of what is there.
+5. One that comes out nearly as one of the given pictures is made anew: what is seen too often is learnt by heart.
 
 It suits drawings that share a layout. Photos have no flat colours and are left alone.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,8 @@ PIECE = 0.005  # of a picture that a piece of such a part covers at the least
 LOOSE = 40.0  # SEAM for such a piece, whose border runs through the part
 FINE = 128  # pixels a side at which drawings are taken apart, where they are so large
 STEPS = 60  # of the walk
+NEW = 0.5  # of how much the two most alike of the pictures differ, so much a new one must differ from each of them
+TRIES = 3  # at a picture that does
 ENOUGH = 256  # pixels of a part to judge by
 
 
@@ -103,8 +107,20 @@ class Drawings:
     def draw(self, n: int, seed: int, size: int | None = None) -> Tensor:
         """n new pictures, [n, 3, size, size] uint8, or as large as these; the same for the same pictures and seed."""
         rng = np.random.default_rng(seed)
-        made = np.stack([_resized(self._one(rng), size) for _ in range(n)])
+        made = np.stack([_resized(self._new(rng), size) for _ in range(n)])
         return torch.from_numpy(made).permute(0, 3, 1, 2).contiguous()
+
+    def _new(self, rng: np.random.Generator) -> Array:
+        """One that is no near copy, if some tries find any."""
+        for _ in range(TRIES):
+            made = self._one(rng)
+            if min(unlike(made, old.pixels) for old in self.drawings) >= self._least:
+                break
+        return made
+
+    @cached_property
+    def _least(self) -> float:
+        return NEW * min(unlike(one.pixels, other.pixels) for one, other in combinations(self.drawings, 2))
 
     def _one(self, rng: np.random.Generator) -> Array:
         first = int(rng.integers(len(self.drawings)))
@@ -209,6 +225,11 @@ class Drawings:
         varied = inside[(self._differ[inside] > DIFFER).any((1, 2))]
         sample = thinned(varied)
         return Region(varied, thinned(border), sample, (self._differ[sample] <= DIFFER).mean(0), seam)
+
+
+def unlike(one: Array, other: Array) -> float:
+    """In what share of their pixels two pictures [H, W, 3] differ."""
+    return float((np.abs(one - other).max(-1) > DIFFER).mean())
 
 
 def thinned(places: NDArray[np.int64]) -> NDArray[np.int64]:

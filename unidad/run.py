@@ -98,17 +98,26 @@ def check_folder(path: str | Path, facts: dict[str, Any], resume: bool) -> None:
         resume: whether the caller wants to go on with a run that is there.
 
     Raises:
-        CheckpointError: the folder holds another run, or a run and `resume` is off, or other files.
+        CheckpointError: as `refuse_taken`, or the folder holds another run.
     """
+    refuse_taken(path, resume)
     run = RunFolder(Path(path))
-    if run.path.exists() and not run.path.is_dir():
-        raise CheckpointError(f"'{run.path}' is a file. Give another --out.")
     if (run.path / RUN_FILE).exists():
-        if not resume:
-            raise CheckpointError(f"'{run.path}' already holds a run. Continue it with --resume, or give another --out.")
         _refuse_difference(run, facts)
-    elif run.path.exists() and any(p.name not in OWN_FILES for p in run.path.iterdir()):
-        raise CheckpointError(f"'{run.path}' is not empty. Give another --out; nothing there was touched.")
+
+
+def refuse_taken(path: str | Path, resume: bool) -> None:
+    """Raise CheckpointError if this is a file, or a folder of a run and `resume` is off, or of other files. Needs nothing of the new run,
+    so that it can be told before minutes go into pictures.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"'{folder}' is a file. Give another --out.")
+    if (folder / RUN_FILE).exists():
+        if not resume:
+            raise CheckpointError(f"'{folder}' already holds a run. Continue it with --resume, or give another --out.")
+    elif folder.exists() and any(p.name not in OWN_FILES for p in folder.iterdir()):
+        raise CheckpointError(f"'{folder}' is not empty. Give another --out; nothing there was touched.")
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _job(
         raise SettingsError(f"{asked} FOLDER and --out RUN are needed. Add --help for examples.")
     from unidad.adapt import train
 
-    return _stoppable(lambda: train(pictures, args.out, settings, args.resume, console).path / "report.html", args.out)
+    return _stoppable(lambda: train(pictures, args.out, settings, args.resume, console).path / "report.html", args.out, args.resume)
 
 
 def _going_on(args: argparse.Namespace, kind: str) -> tuple[dict[str, object], str | None]:
@@ -235,12 +235,16 @@ def _plan(settings: TrainSettings) -> int:
     return 0
 
 
-def _stoppable(job: Callable[[], Path], out: str) -> int:
+def _stoppable(job: Callable[[], Path], out: str, resume: bool) -> int:
+    from unidad.run import refuse_taken
     from unidad.signals import Stopped
 
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        refuse_taken(out, resume)
     try:
         done = job()
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(done)
     except Stopped as stop:
         tell(f"stopped by {stop} {stop.place}; saved in '{out}'. Go on with the same command and --resume.")
@@ -276,4 +280,4 @@ def _pretrain(args: argparse.Namespace, console: Console) -> int:
         raise SettingsError("--data FOLDER is needed. Add --help for examples.")
     from unidad.pretrain import pretrain
 
-    return _stoppable(lambda: pretrain(pictures, args.out, settings, args.resume, console).path / "model", args.out)
+    return _stoppable(lambda: pretrain(pictures, args.out, settings, args.resume, console).path / "model", args.out, args.resume)
