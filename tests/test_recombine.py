@@ -230,12 +230,12 @@ def test_larger_files_are_taken_apart_as_they_are(tmp_path):
         picture.save(tmp_path / f"{i}.png")
     pictures = load_folder(tmp_path, 32)
     assert FINE >= 96
-    found = with_more(pictures, 12, 0, tmp_path)
+    found = with_more(pictures, 12, 1, tmp_path)
     assert found.more is not None
     assert found.more.shape == (12, 3, 32, 32)
-    fine = Drawings(load_folder(tmp_path, 96).pixels).draw(12, 0, 32)
+    fine = Drawings(load_folder(tmp_path, 96).pixels).draw(12, 1, 32)
     assert torch.equal(found.more, fine)
-    assert not torch.equal(found.more, with_more(pictures, 12, 0).more)
+    assert not torch.equal(found.more, with_more(pictures, 12, 1).more)
 
 
 def test_pictures_that_cannot_be_recombined_are_left_alone_and_told():
@@ -300,6 +300,7 @@ def test_a_run_goes_on_to_the_same_bits_and_its_report_shows_them(source, tmp_pa
         "source": str(source),
         "method": "finetune",
         "recombine": 5,
+        "seed": 1,
         "cycles": 4,
         "save_every": 2,
         "warmup": 1,
