@@ -154,12 +154,13 @@ class Drawings:
         """Which picture each pixel is from, [H * W], after one step in a region: of the pieces that fit and the one that is there, one at
         random, less likely the more alike others are.
         """
-        fits = np.flatnonzero(self._differ[region.border, where[region.border]].mean(0) < region.seam)
+        seams = np.add.reduce(self._differ[region.border, where[region.border]], 0, np.int64)
+        fits = np.flatnonzero(seams < region.seam * len(region.border))
         there = (self._differ[region.sample, where[region.sample]][:, fits] <= DIFFER).mean(0)
         alike = np.ones((len(fits) + 1, len(fits) + 1))
-        alike[1:, 1:], alike[0, 1:], alike[1:, 0] = region.alike[np.ix_(fits, fits)], there, there
-        likely = 1 / alike.sum(0) ** 2
-        chosen = int(rng.choice(len(likely), p=likely / likely.sum()))
+        alike[1:, 1:], alike[0, 1:], alike[1:, 0] = region.alike[fits[:, None], fits], there, there
+        likely = (1 / alike.sum(0) ** 2).cumsum()
+        chosen = int(likely.searchsorted(rng.random() * likely[-1], side="right"))
         if chosen:
             where = where.copy()
             where[region.inside] = fits[chosen - 1]
@@ -229,7 +230,8 @@ class Drawings:
 
 def unlike(one: Array, other: Array) -> float:
     """In what share of their pixels two pictures [H, W, 3] differ."""
-    return float((np.abs(one - other).max(-1) > DIFFER).mean())
+    differ = np.abs(one - other) > DIFFER
+    return float((differ[..., 0] | differ[..., 1] | differ[..., 2]).mean())
 
 
 def thinned(places: NDArray[np.int64]) -> NDArray[np.int64]:
