@@ -241,9 +241,13 @@ def thinned(places: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def wider(mask: Mask) -> Mask:
     """A mask [H, W] with all pixels that touch it, corners included."""
-    padded = np.pad(mask, 1)
-    tall = padded[:-2] | padded[1:-1] | padded[2:]
-    return np.asarray(tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:])
+    tall = mask.copy()
+    tall[1:] |= mask[:-1]
+    tall[:-1] |= mask[1:]
+    wide = tall.copy()
+    wide[:, 1:] |= tall[:, :-1]
+    wide[:, :-1] |= tall[:, 1:]
+    return wide
 
 
 def connected(mask: Mask) -> list[Mask]:
