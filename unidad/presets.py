@@ -39,10 +39,12 @@ _AVATARS: dict[str, Any] = {
 # Within ten minutes where the CPU has no bf16. Photos, of which no more can be made, are learnt from for a shorter time.
 _DEMO: dict[str, Any] = {
     "recombine": 1000,
-    "target_warmup": 400,
-    "target_cycles": 400,
+    "target_warmup": 800,
+    "target_cycles": 800,
     "target_epochs": 240,
-    "lr_target": 8e-4,
+    "lr_target": 1.6e-3,
+    "anchor_weight": 6.0,
+    "anchor_huber": 0.03,
 }
 
 # An hour: a target teacher that learns long, mostly at little noise, from recombined pictures; at much noise from composites where
@@ -162,7 +164,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     **_RIVALS,
     "avatars": _AVATARS | _LONG | {"sample_every": 100, "save_every": 200},
-    "avatars-demo": _AVATARS | _DEMO | {"cycles": 650, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
+    "avatars-demo": _AVATARS | _DEMO | {"cycles": 950, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
     "fsig-far": _FSIG | {"a": 0.75},
     "fsig-near-paper": _FSIG | _PUBLIC_CODE | {"a": 0.25},
