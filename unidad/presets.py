@@ -164,7 +164,7 @@ _RIVALS: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     **_RIVALS,
     "avatars": _AVATARS | _LONG | {"sample_every": 100, "save_every": 200},
-    "avatars-demo": _AVATARS | _DEMO | {"cycles": 950, "sample_every": 50, "save_every": 100, "max_minutes": 9.0},
+    "avatars-demo": _AVATARS | _DEMO | {"cycles": 950, "sample_every": 25, "save_every": 100, "max_minutes": 9.0},
     "fsig-near": _FSIG | {"a": 0.25},
     "fsig-far": _FSIG | {"a": 0.75},
     "fsig-near-paper": _FSIG | _PUBLIC_CODE | {"a": 0.25},
