@@ -123,6 +123,14 @@ def test_every_fake_teacher_update_has_new_samples(reuse, rollouts, monkeypatch)
     assert method.carried() == []
 
 
+def test_samples_left_over_by_an_update_that_was_left_out_are_not_for_the_next_cycle():
+    method = tiny.unidad()
+    method.student_loss(torch.zeros(2, *tiny.SHAPE))
+    assert len(method.carried()) == 1
+    method.start_cycle(1)
+    assert method.carried() == []
+
+
 def test_the_reused_batch_is_the_students_own(monkeypatch):
     method, made = tiny.unidad(), []
     original = method.generate

@@ -96,7 +96,10 @@ def _aggregate(logits: Tensor, aggregation: str) -> Tensor:
 
 
 def gan_generator_loss(fake_logits: Tensor, kind: str = "bce", aggregation: str = "per_head") -> Tensor:
-    """L_G,GAN on the heads' logits of student samples, [B, heads] (METHOD §5)."""
+    """L_G,GAN on the heads' logits of student samples, [B, heads] (METHOD §5).
+
+    lsgan acts on the logits, as in arXiv 1611.04076, and not on D = sigmoid(logit) as in the public code.
+    """
     fake = _aggregate(fake_logits, aggregation)
     if kind == "bce":
         return F.softplus(-fake).mean()  # -log D

@@ -95,7 +95,7 @@ _SDP: dict[str, Any] = {
     "precision": "auto",
 }
 
-# What the public few-shot code computes where it differs from the paper's text.
+# What the public few-shot code has where it differs from the paper's text; docs/fsig.md says what is still different.
 _PUBLIC_CODE: dict[str, Any] = {
     "grid": "edm",
     "denoising": "edm",
@@ -177,7 +177,7 @@ SUMMARIES: dict[str, str] = {  # of those that `unidad train` is for; the rivals
     "avatars-demo": "the same in 3 steps, stopped within ten minutes (`make demo`)",
     "fsig-near": "the paper's few-shot track, target near the source (babies, sunglasses); needs a GPU",
     "fsig-far": "the same for far targets (metfaces, cats)",
-    "fsig-near-paper": "fsig-near as the public research code computes it (edm grid and weights)",
+    "fsig-near-paper": "fsig-near with the public research code's grid, weights and teachers' noise",
     "fsig-far-paper": "fsig-far likewise",
     "sdp": "a subject from a few photos and a Stable Diffusion source (docs/sdp.md); needs a GPU",
 }

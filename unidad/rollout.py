@@ -39,6 +39,8 @@ def rollout(
     count = len(steps) if stop_after is None else stop_after
     for i, tau in enumerate(steps[:count]):
         t = torch.full((len(x),), tau, dtype=torch.long, device=x.device)
+        if grad == "last" and i == count - 1:
+            torch.clear_autocast_cache()  # torch 2.10 would take weights cast in steps without a graph, which lead to no gradient
         with torch.set_grad_enabled(torch.is_grad_enabled() and (grad == "all" or i == count - 1)):
             xhat = student.x0(x, t, labels)
             if i + 1 < count:

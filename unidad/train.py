@@ -372,7 +372,7 @@ class Trainer:
             if self.ema is not None:
                 load_whole(self.ema, snapshot.tensors["ema"])
             self.generator.set_state(snapshot.tensors["random"]["generator"])
-            torch.set_rng_state(snapshot.tensors["random"]["torch"])  # dropout, where a network has it, draws from this one
+            torch.set_rng_state(snapshot.tensors["random"]["torch"])  # for dropout, where a network has it, on a CPU
             device = self.stream.pixels.device
             carried = snapshot.tensors["carried"]
             rows = snapshot.counters.get("carried_rows", 0)

@@ -51,6 +51,7 @@ class AdaptThenDistill(UniDAD):
 
     def start_cycle(self, cycle: int) -> tuple[str, ...]:
         """At the first cycle of stage 2 the adapted weights are handed on."""
+        self._fresh = []
         if cycle != self.adapt_cycles:
             return ()
         if self.transfer and "student" not in self._receivers:

@@ -112,7 +112,10 @@ class UniDAD(Method):
             self.phases.append(Phase("target_teacher", ("target_teacher",), 1, self.target_teacher_loss, ends=target_cycles))
 
     def start_cycle(self, cycle: int) -> tuple[str, ...]:
-        """Where the student begins: `transfer`, unless it was done before the run was resumed here."""
+        """Where the student begins: `transfer`, unless it was done before the run was resumed here. Samples that an update left out of the
+        cycle before did not take are not for this one.
+        """
+        self._fresh = []
         if not self.transfer or cycle != self._first:
             return ()
         assert self.target_teacher is not None
